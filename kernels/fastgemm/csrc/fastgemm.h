@@ -1,0 +1,75 @@
+// C ABI of FastGEMM: W4A8 and W8A8 matrix products and the activation kernels around them.
+//
+// Every function takes raw device pointers, int64 sizes and a CUDA stream, returns an error code (FG_OK = 0), allocates
+// nothing, prints nothing, never uses the default stream by itself, and can be captured in a CUDA graph.
+// All tensors are contiguous and row-major unless said otherwise; device pointers must be 16-byte aligned
+// (scales: 4-byte aligned).
+#ifndef FASTGEMM_H_
+#define FASTGEMM_H_
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define FG_API
+#else
+#define FG_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Output and activation types.  FG_I32 returns the raw accumulator sum_k x*w; scales and bias are then ignored.
+enum { FG_F16 = 0, FG_BF16 = 1, FG_I32 = 2, FG_F32 = 3 };
+
+enum { FG_W4A8 = 0, FG_W8A8 = 1 };
+
+enum {
+  FG_OK = 0,
+  FG_ERROR_NULL_POINTER = 1,
+  FG_ERROR_SIZE = 2,          // negative size, M > 65536, N not a multiple of 16, K not a multiple of 32 or too large
+  FG_ERROR_DTYPE = 3,
+  FG_ERROR_ALIGNMENT = 4,
+  FG_ERROR_ARCH = 5,          // the requested path does not exist on this device
+  FG_ERROR_WORKSPACE = 6,     // workspace smaller than fg_gemm_workspace_bytes() says
+  FG_ERROR_DRIVER = 7,        // the driver refused a tensor map
+  FG_ERROR_CUDA = 1000,       // FG_ERROR_CUDA + cudaError_t
+};
+
+// out[M, N] = diag(x_scale) * (x int8 [M, K]) * (w int4 [N, K])^T * diag(w_scale) + bias.
+//   w_packed: packed W4 layout v1, uint8 [ceil(N/64), ceil(K/64), 2048]
+//   bias:     [N] in out_dtype, or NULL
+//   arch:     0 = the device's best path, 80 = mma.sync, 90 = wgmma (needs compute capability 9.0)
+// M in 0..65536, N a multiple of 16, K a multiple of 32.
+FG_API int fg_w4a8_gemm(const int8_t* x, const float* x_scale, const uint8_t* w_packed, const float* w_scale,
+                        const void* bias, void* out, int64_t m, int64_t n, int64_t k, int out_dtype,
+                        void* workspace, int64_t workspace_bytes, int arch, void* stream);
+
+// As fg_w4a8_gemm with w int8 [N, K].
+FG_API int fg_w8a8_gemm(const int8_t* x, const float* x_scale, const int8_t* w, const float* w_scale,
+                        const void* bias, void* out, int64_t m, int64_t n, int64_t k, int out_dtype,
+                        void* workspace, int64_t workspace_bytes, int arch, void* stream);
+
+// Bytes of workspace a GEMM call needs (kind: FG_W4A8 or FG_W8A8); its contents need no initialisation.
+FG_API int64_t fg_gemm_workspace_bytes(int kind, int64_t m, int64_t n, int64_t k, int arch);
+
+// q[M, K] int8 and scale[M] of per-token symmetric quantization of x[M, K] (FG_F16, FG_BF16 or FG_F32).
+FG_API int fg_quantize_per_token(const void* x, int in_dtype, int8_t* q, float* scale, int64_t m, int64_t k,
+                                 void* stream);
+
+// h = x (+ residual); y = h * rsqrt(mean(h^2) + eps) * weight; (q, scale) = per-token quantization of y.
+// residual and residual_out (receives h) may be NULL.
+FG_API int fg_rms_norm_quant(const void* x, const void* residual_or_null, const void* weight, float eps, int in_dtype,
+                             void* residual_out_or_null, int8_t* q, float* scale, int64_t m, int64_t k, void* stream);
+
+// (q, scale) = per-token quantization of silu(gate) * up, gate_up[M, 2*I] with the gate half first.
+FG_API int fg_silu_mul_quant(const void* gate_up, int in_dtype, int8_t* q, float* scale, int64_t m, int64_t i,
+                             void* stream);
+
+FG_API const char* fg_error_string(int code);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif  // FASTGEMM_H_
