@@ -1,0 +1,123 @@
+"""The decoder-only architectures that the pipeline knows: the LLaMA family (LLaMA, Mistral, Qwen2).
+
+They share one layout: `model.embed_tokens`, `model.layers.<i>`, `model.norm`, `lm_head`, and in every decoder block the
+seven linear layers below. An adapter for another family is another class with these members.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from odyssey.errors import InvalidCheckpointError, UnsupportedError
+from odyssey.models.reader import CheckpointReader
+
+SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2")
+
+
+class LlamaFamily:
+    """A LLaMA-family checkpoint seen block by block.
+
+    linear_groups: linear layers of a block that read the same input, in execution order.
+    input_norms:   group index -> the norm in front of it.
+    """
+
+    linear_groups: tuple[tuple[str, ...], ...] = (
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
+    )
+    input_norms: dict[int, str] = {0: "input_layernorm", 2: "post_attention_layernorm"}  # noqa: RUF012
+    embedding_name = "model.embed_tokens.weight"
+    final_names = ("model.norm.weight", "lm_head.weight")
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.config = config
+        self.num_blocks: int = config.num_hidden_layers
+        with init_empty_weights():
+            self._skeleton = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        self._skeleton.eval()
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> LlamaFamily:
+        """Read config.json. Raises UnsupportedError for another architecture, InvalidCheckpointError for a damaged file."""
+        try:
+            config = AutoConfig.from_pretrained(directory)
+        except (OSError, ValueError, KeyError) as error:
+            first_line = str(error).strip().splitlines()[0]
+            raise InvalidCheckpointError(f"{directory / 'config.json'}: not usable ({first_line})") from error
+        if config.model_type not in SUPPORTED_MODEL_TYPES:
+            raise UnsupportedError(
+                f"{directory / 'config.json'}: model_type {config.model_type!r} is not supported; "
+                f"supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
+            )
+        if getattr(config, "quantization_config", None) is not None:
+            raise UnsupportedError(f"{directory / 'config.json'}: the checkpoint is already quantized; give the original weights")
+        return cls(config)
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence for calibration and evaluation (a sliding window counts as the limit)."""
+        limit = self.config.max_position_embeddings
+        window = getattr(self.config, "sliding_window", None)
+        return min(limit, window) if window and getattr(self.config, "use_sliding_window", True) else limit
+
+    def block_prefix(self, index: int) -> str:
+        return f"model.layers.{index}."
+
+    def empty_model(self) -> nn.Module:
+        """The whole causal LM with meta parameters and real (rotary) buffers."""
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(self.config, attn_implementation="sdpa")
+        return model.eval()
+
+    def load_block(self, reader: CheckpointReader, index: int, device: torch.device) -> nn.Module:
+        """One decoder block with float32 parameters on `device`."""
+        import copy
+
+        block = copy.deepcopy(self._skeleton.model.layers[index])
+        prefix = self.block_prefix(index)
+        for name, parameter in list(block.named_parameters()):
+            tensor = reader.read(prefix + name)
+            if tensor.shape != parameter.shape:
+                raise InvalidCheckpointError(
+                    f"{reader.directory}: tensor {prefix + name} has shape {tuple(tensor.shape)}, "
+                    f"config.json asks for {tuple(parameter.shape)}"
+                )
+            owner_name, _, leaf = name.rpartition(".")
+            owner = block.get_submodule(owner_name)
+            owner.register_parameter(leaf, nn.Parameter(tensor.to(device, torch.float32), requires_grad=False))
+        return block.eval()
+
+    def embed(self, reader: CheckpointReader, tokens: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Token embeddings in float32: int64 [..., seqlen] -> [..., seqlen, hidden_size]."""
+        table = reader.read(self.embedding_name)
+        return nn.functional.embedding(tokens.cpu(), table).to(device, torch.float32)
+
+    def block_forward(self, device: torch.device) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
+        """forward(block, hidden [batch, seqlen, hidden]) with causal attention and this model's rotary embedding."""
+        rotary = self._skeleton.model.rotary_emb.to(device)
+        cache: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+        def forward(block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+            seqlen = hidden.shape[1]
+            if seqlen not in cache:
+                positions = torch.arange(seqlen, device=device)[None]
+                with torch.no_grad():
+                    cache[seqlen] = rotary(hidden, positions)
+            output = block(hidden, attention_mask=None, position_embeddings=cache[seqlen])
+            # Transformers 5 returns the tensor itself, earlier releases a tuple.
+            return output[0] if isinstance(output, tuple) else output
+
+        return forward
+
+
+def block_linears(block: nn.Module, groups: tuple[tuple[str, ...], ...]) -> dict[str, nn.Linear]:
+    """The linear layers of a block by name, in execution order."""
+    return {name: block.get_submodule(name) for group in groups for name in group}

@@ -1,0 +1,104 @@
+"""From a model's configuration to a directory with its checkpoint: a local path, the embedded model, or the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from odyssey.errors import GatedModelError, InvalidCheckpointError, MissingModelError
+
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.tiktoken", "merges.txt"]
+_SAMPLE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A checkpoint on disk in Hugging Face layout.
+
+    name:         how the model is called in outputs and tables.
+    path:         the directory.
+    origin:       "embedded", "local" or "hub:<id>@<commit>".
+    fingerprint:  16 hex digits over the configuration, the shards' headers and samples of their data.
+    """
+
+    name: str
+    path: Path
+    origin: str
+    fingerprint: str
+
+
+def resolve_model(name: str, *, hub_id: str | None = None, path: str | None = None, revision: str = "main") -> ModelSource:
+    """Find (and for a hub id download) a checkpoint.
+
+    Raises MissingModelError, GatedModelError or InvalidCheckpointError, each with what to do.
+    """
+    if path is not None:
+        directory = Path(path).expanduser().resolve()
+        if not directory.is_dir():
+            raise MissingModelError(f"model.path={path}: no such directory; give a directory with config.json and *.safetensors")
+        return ModelSource(name, directory, "local", checkpoint_fingerprint(directory))
+    if name == "tiny":
+        from odyssey.models.embedded import TINY_PATH
+
+        return ModelSource(name, TINY_PATH, "embedded", checkpoint_fingerprint(TINY_PATH))
+    if not hub_id:
+        raise MissingModelError(f"model={name}: neither model.path nor model.hub_id is set; give model.path=DIR")
+    directory = _download(hub_id, revision)
+    # The hub's cache names a snapshot's directory after its commit.
+    return ModelSource(name, directory, f"hub:{hub_id}@{directory.name}", checkpoint_fingerprint(directory))
+
+
+def _download(hub_id: str, revision: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=HUB_FILES))
+    except GatedRepoError as error:
+        raise GatedModelError(
+            f"model.hub_id={hub_id}: the weights are gated; accept the licence on the model's page and log in "
+            "(hf auth login, or set HF_TOKEN), or give a local copy with model.path=DIR"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise MissingModelError(f"model.revision={revision}: {hub_id} has no such revision") from error
+    except RepositoryNotFoundError as error:
+        raise MissingModelError(
+            f"model.hub_id={hub_id}: no such repository, or a private one without a token (set HF_TOKEN)"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise MissingModelError(
+            f"model.hub_id={hub_id}: the hub cannot be reached and the model is not in the local cache; "
+            "download it on a connected machine and give model.path=DIR"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+            raise GatedModelError(f"model.hub_id={hub_id}: access refused; check HF_TOKEN and the model's licence") from error
+        raise MissingModelError(f"model.hub_id={hub_id}: download failed ({type(error).__name__}); retry, or give model.path=DIR") from error
+
+
+def checkpoint_fingerprint(directory: Path) -> str:
+    """Identify a checkpoint without reading all of it: config, index, and of each shard its size, head and tail."""
+    digest = hashlib.sha256()
+    config = directory / "config.json"
+    if not config.is_file():
+        raise InvalidCheckpointError(f"{directory}: no config.json; give a directory in Hugging Face layout")
+    try:
+        digest.update(json.dumps(json.loads(config.read_text()), sort_keys=True).encode())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InvalidCheckpointError(f"{config}: not valid JSON ({error}); download it again") from error
+    for shard in sorted(directory.glob("*.safetensors")):
+        size = shard.stat().st_size
+        digest.update(f"{shard.name}:{size}".encode())
+        with shard.open("rb") as file:
+            digest.update(file.read(_SAMPLE_BYTES))
+            file.seek(max(0, size - _SAMPLE_BYTES))
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]

@@ -1,0 +1,129 @@
+"""A quantized linear layer: integers, scales, a scheme, and the arithmetic that the scheme calls for."""
+
+from __future__ import annotations
+
+import fastgemm
+import torch
+from torch import nn
+
+from odyssey.quantization.grid import dequantize, quantize_activation_per_token
+from odyssey.quantization.packing import unpack_values
+from odyssey.quantization.scheme import PER_CHANNEL, QuantizedWeight, QuantScheme
+
+BACKENDS = ("integer", "simulate")
+
+
+class QuantizedLinear(nn.Module):
+    """y = x W^T + b with W held as integers.
+
+    backend "integer" (default): per-token int8 activations times the integer weights with int32 accumulation; on a CUDA
+    device FastGEMM on packed int4, on CPU the same product on int8. Layers with floating-point activations
+    (activation_bits 16) multiply by the dequantized weight, which is what weight-only kernels compute.
+    backend "simulate": fake quantization in float32, the reference that the integer arithmetic is compared with.
+    """
+
+    def __init__(self, weight: QuantizedWeight, bias: torch.Tensor | None = None, backend: str = "integer") -> None:
+        super().__init__()
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+        self.scheme: QuantScheme = weight.scheme
+        self.out_features, self.in_features = weight.values.shape
+        self.backend = backend
+        self.register_buffer("values", weight.values.contiguous())
+        self.register_buffer("scales", weight.scales.contiguous())
+        self.register_buffer("zeros", weight.zeros)
+        self.register_buffer("bias", bias)
+        self.register_buffer("packed", None)
+
+    @classmethod
+    def from_stored(
+        cls,
+        stored: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        scheme: QuantScheme,
+        in_features: int,
+        backend: str = "integer",
+    ) -> QuantizedLinear:
+        """Build from a checkpoint's tensors (see odyssey.quantization.checkpoint)."""
+        values = unpack_values(stored, scheme.weight_bits, in_features, signed=scheme.symmetric)
+        return cls(QuantizedWeight(values, scales, scheme, zeros), bias, backend)
+
+    def weight(self) -> QuantizedWeight:
+        """The integers, whatever layout the layer holds them in."""
+        values = self.values
+        if values is None:
+            values = fastgemm.unpack(self.packed, self.out_features, self.in_features)
+        return QuantizedWeight(values, self.scales, self.scheme, self.zeros)
+
+    def dequantized(self) -> torch.Tensor:
+        """float32 [out_features, in_features]."""
+        return dequantize(self.weight())
+
+    def pack_for_kernels(self) -> None:
+        """Replace the int8 values by FastGEMM's packed int4 layout, which its CUDA kernels read (idempotent)."""
+        if self.packed is None:
+            self.packed = fastgemm.pack(self.values)
+            self.values = None
+
+    def _uses_integers(self) -> bool:
+        return self.scheme.activation_bits == 8 and self.scheme.symmetric and self.backend == "integer"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] floating point -> [..., out_features] in x's dtype."""
+        tokens = x.reshape(-1, self.in_features)
+        if not self._uses_integers():
+            output = self._simulated(tokens)
+        elif self.scheme.group_size == PER_CHANNEL:
+            output = self._integer_per_channel(tokens)
+        else:
+            output = self._integer_per_group(tokens)
+        return output.reshape(*x.shape[:-1], self.out_features)
+
+    def _integer_per_channel(self, tokens: torch.Tensor) -> torch.Tensor:
+        quantized, token_scales = fastgemm.quantize_per_token(tokens.contiguous())
+        channel_scales = self.scales[:, 0].contiguous()
+        bias = None if self.bias is None else self.bias.to(tokens.dtype)
+        if tokens.is_cuda and self.scheme.weight_bits <= 4:
+            self.pack_for_kernels()
+            return fastgemm.w4a8_gemm(quantized, token_scales, self.packed, channel_scales, bias, tokens.dtype)
+        return fastgemm.w8a8_gemm(quantized, token_scales, self.weight().values, channel_scales, bias, tokens.dtype)
+
+    def _integer_per_group(self, tokens: torch.Tensor) -> torch.Tensor:
+        quantized, token_scales = fastgemm.quantize_per_token(tokens.contiguous())
+        values, size = self.weight().values, self.scheme.group_size
+        output = torch.zeros(tokens.shape[0], self.out_features, device=tokens.device)
+        ones = torch.ones_like(token_scales)
+        for group, start in enumerate(range(0, self.in_features, size)):
+            columns = slice(start, start + size)
+            output += fastgemm.w8a8_gemm(
+                quantized[:, columns].contiguous(), ones, values[:, columns].contiguous(),
+                self.scales[:, group].contiguous(), None, torch.float32,
+            )  # fmt: skip
+        output *= token_scales[:, None]
+        if self.bias is not None:
+            output += self.bias.float()
+        return output.to(tokens.dtype)
+
+    def _simulated(self, tokens: torch.Tensor) -> torch.Tensor:
+        if self.scheme.activation_bits == 8:
+            quantized, token_scales = quantize_activation_per_token(tokens)
+            output = nn.functional.linear(quantized.float() * token_scales, self.dequantized())
+            if self.bias is not None:
+                output = output + self.bias.float()
+            return output.to(tokens.dtype)
+        bias = None if self.bias is None else self.bias.to(tokens.dtype)
+        return nn.functional.linear(tokens, self.dequantized().to(tokens.dtype), bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.scheme.label}, backend={self.backend}"
+
+
+def replace_linears(block: nn.Module, weights: dict[str, QuantizedWeight], backend: str = "integer") -> None:
+    """Put quantized layers in place of the named linear layers of a block (their biases are kept)."""
+    for name, weight in weights.items():
+        owner_name, _, leaf = name.rpartition(".")
+        owner = block.get_submodule(owner_name)
+        bias = getattr(owner, leaf).bias
+        setattr(owner, leaf, QuantizedLinear(weight, None if bias is None else bias.detach(), backend))
