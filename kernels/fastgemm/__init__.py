@@ -1,0 +1,21 @@
+"""FastGEMM: W4A8 and W8A8 matrix products with per-token activation and per-channel weight scales.
+
+The kernels of OdysseyLLM (arXiv 2311.09550) as torch operators, with the quantizing element-wise steps around
+them. CUDA kernels for sm_80, sm_86, sm_89 and sm_90; exact CPU implementations of everything.
+"""
+
+from .library import FastGemmError
+from .ops import quantize_per_token, rms_norm_quant, silu_mul_quant, w4a8_gemm, w8a8_gemm
+from .packing import MAX_K, pack, unpack
+
+__all__ = [
+    "MAX_K",
+    "FastGemmError",
+    "pack",
+    "quantize_per_token",
+    "rms_norm_quant",
+    "silu_mul_quant",
+    "unpack",
+    "w4a8_gemm",
+    "w8a8_gemm",
+]

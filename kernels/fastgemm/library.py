@@ -1,0 +1,89 @@
+"""Loads the compiled kernels (C ABI of csrc/fastgemm.h) through ctypes; error codes become exceptions."""
+
+import ctypes
+import functools
+from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
+
+_GEMM_ARGUMENTS = (
+    [c_void_p] * 6 + [c_int64] * 3 + [c_int, c_void_p, c_int64, c_int, c_void_p]
+)  # x, x_scale, w, w_scale, bias, out; m, n, k; out_dtype; workspace, its bytes; arch; stream
+_SIGNATURES = {
+    "fg_w4a8_gemm": _GEMM_ARGUMENTS,
+    "fg_w8a8_gemm": _GEMM_ARGUMENTS,
+    "fg_quantize_per_token": [c_void_p, c_int, c_void_p, c_void_p, c_int64, c_int64, c_void_p],
+    "fg_rms_norm_quant": [c_void_p] * 3 + [c_float, c_int] + [c_void_p] * 3 + [c_int64] * 2 + [c_void_p],
+    "fg_silu_mul_quant": [c_void_p, c_int, c_void_p, c_void_p, c_int64, c_int64, c_void_p],
+}
+
+
+class FastGemmError(RuntimeError):
+    """The kernels could not be loaded, or a launch was refused."""
+
+
+class Library:
+    """The functions of one loaded shared library; each raises FastGemmError where the C function returns an
+    error."""
+
+    def __init__(self, path: str):
+        try:
+            self._dll = ctypes.CDLL(path)
+        except OSError as error:
+            raise FastGemmError(f"cannot load the FastGEMM library {path}: {error}") from error
+        try:
+            self._error_string = self._dll.fg_error_string
+            self._workspace_bytes = self._dll.fg_gemm_workspace_bytes
+            functions = {name: getattr(self._dll, name) for name in _SIGNATURES}
+        except AttributeError as error:
+            raise FastGemmError(f"{path} is no FastGEMM library of this version: {error}") from error
+        self._error_string.argtypes, self._error_string.restype = [c_int], c_char_p
+        self._workspace_bytes.argtypes = [c_int, c_int64, c_int64, c_int64, c_int]
+        self._workspace_bytes.restype = c_int64
+        for name, argument_types in _SIGNATURES.items():
+            functions[name].argtypes, functions[name].restype = argument_types, c_int
+        self.path = path
+        self._functions = functions
+
+    def _call(self, name: str, *arguments) -> None:
+        code = self._functions[name](*arguments)
+        if code != 0:
+            raise FastGemmError(f"{name} failed with code {code}: {self._error_string(code).decode()}")
+
+    def w4a8_gemm(self, *arguments) -> None:
+        """fg_w4a8_gemm."""
+        self._call("fg_w4a8_gemm", *arguments)
+
+    def w8a8_gemm(self, *arguments) -> None:
+        """fg_w8a8_gemm."""
+        self._call("fg_w8a8_gemm", *arguments)
+
+    def gemm_workspace_bytes(self, kind: int, m: int, n: int, k: int, arch: int) -> int:
+        """fg_gemm_workspace_bytes; kind 0 is W4A8, 1 is W8A8."""
+        return self._workspace_bytes(kind, m, n, k, arch)
+
+    def quantize_per_token(self, *arguments) -> None:
+        """fg_quantize_per_token."""
+        self._call("fg_quantize_per_token", *arguments)
+
+    def rms_norm_quant(self, *arguments) -> None:
+        """fg_rms_norm_quant."""
+        self._call("fg_rms_norm_quant", *arguments)
+
+    def silu_mul_quant(self, *arguments) -> None:
+        """fg_silu_mul_quant."""
+        self._call("fg_silu_mul_quant", *arguments)
+
+
+@functools.cache
+def load() -> Library:
+    """The library for this machine's GPUs, built on first use where no built one is found.
+
+    Raises:
+        FastGemmError: there is no library and it cannot be built, or it cannot be loaded.
+    """
+    from .build import BuildError, find_or_build  # here, so that `python -m fastgemm.build` imports it once
+
+    try:
+        path = find_or_build()
+    except BuildError as error:
+        raise FastGemmError(str(error)) from error
+    return Library(str(path))
