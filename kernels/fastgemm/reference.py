@@ -1,16 +1,19 @@
-"""Independent references of every operator in NumPy: int64 sums, IEEE fp32 where rounding is defined, else
-float64.
+"""Independent references of every operator in NumPy.
 
-They share no code with the operators and are written for clarity; the packing one is a loop over elements.
+Sums are int64, rounding is IEEE fp32 where it is defined, the rest is float64. They share no code with the operators and are written for clarity; the packing one is a loop over elements.
 """
 
 import numpy as np
 
 
 def pack(w: np.ndarray) -> np.ndarray:
-    """Layout v1 element by element, from its definition: int8 [N, K] to uint8 [ceil(N/64), ceil(K/64),
-    2048].""" n, k = w.shape packed = np.zeros((-(-n // 64), -(-k // 64), 2048), dtype=np.uint8) for row in
-    range(n):
+    """Layout v1, element by element from its definition.
+
+    int8 [N, K] to uint8 [ceil(N/64), ceil(K/64), 2048].
+    """
+    n, k = w.shape
+    packed = np.zeros((-(-n // 64), -(-k // 64), 2048), dtype=np.uint8)
+    for row in range(n):
         warp, in_warp = divmod(row % 64, 16)
         low_nibble, lane_row = divmod(in_warp, 8)
         for column in range(k):
@@ -31,14 +34,19 @@ def accumulate(x: np.ndarray, w: np.ndarray) -> np.ndarray:
 def scale_output(
     acc: np.ndarray, x_scale: np.ndarray, w_scale: np.ndarray, bias: np.ndarray | None = None
 ) -> np.ndarray:
-    """The GEMMs' epilogue: ((fp32(acc) * x_scale[m]) * w_scale[n]) + bias[n], each step rounded to fp32: [M,
-    N].""" y = acc.astype(np.float32) * x_scale.astype(np.float32)[:, None] y = y * w_scale.astype(np.float32)
+    """The GEMMs' epilogue: fp32(acc) * x_scale[m] * w_scale[n] + bias[n], each step rounded to fp32: [M, N]."""
+    y = acc.astype(np.float32) * x_scale.astype(np.float32)[:, None]
+    y = y * w_scale.astype(np.float32)
     return y if bias is None else y + bias.astype(np.float32)
 
 
 def quantize_per_token(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Per-token int8 quantization of fp32 [M, K]: (int8 [M, K], fp32 [M]), bit for bit what the operators
-    return.""" x = x.astype(np.float32) with np.errstate(all="ignore"):
+    """Per-token int8 quantization of fp32 [M, K], bit for bit what the operators return.
+
+    Returns (int8 [M, K], fp32 [M]).
+    """
+    x = x.astype(np.float32)
+    with np.errstate(all="ignore"):
         absmax = np.max(np.abs(x), axis=1)
         scale = np.where(absmax == 0, np.float32(1), absmax / np.float32(127)).astype(np.float32)
         q = np.clip(np.rint(x / scale[:, None]), -128, 127)
