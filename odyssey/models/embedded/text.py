@@ -1,22 +1,24 @@
 """The text of the embedded model: the language topics that every CPython carries for ``help()``.
 
-The text is read from the standard library at run time (``pydoc_data.topics``), so nothing is downloaded and nobody's
-text lies in this repository. It differs between Python versions: a figure measured on it is comparable with another
-one only where `text_sha256` agrees, so that hash belongs in every record.
+The text is read from the standard library at run time (``pydoc_data.topics``), so nothing is downloaded
+and nobody's text lies in this repository. It differs between Python versions: a figure measured on it is
+comparable with another one only where `text_sha256` agrees, so that hash belongs in every record.
 
-Whitespace normalisation, per topic: tabs become eight-column stops, trailing blanks are cut from every line, runs of
-blank lines become one, blank lines at the ends are dropped. Indentation and line breaks stay as they are. Topics are
-joined in alphabetical order by one blank line.
+Whitespace normalisation, per topic: tabs become eight-column stops, trailing blanks are cut from every line,
+runs of blank lines become one, blank lines at the ends are dropped. Indentation and line breaks stay as they
+are. Topics are joined in alphabetical order by one blank line.
 
-Split by topic: the SHA-256 of the topic's name sends it to one part, so a topic keeps its part across Python versions.
+Split by topic: the SHA-256 of the topic's name sends it to one part, so a topic keeps its part across Python
+versions.
 
 * ``evaluation``: perplexity only;
 * ``validation``: early stopping of the training (a part of `training_text`);
 * ``fit``: what gradients come from (the rest of `training_text`).
 
-CPython's topics repeat each other ("specialnames" contains "attribute-access" word for word), so a split by name alone
-would leak. A paragraph of at least `MIN_REPEATED_CHARS` characters, compared without regard to whitespace, is therefore
-kept once in all: in the evaluation part if it occurs there, else in the validation part, else at its first occurrence.
+CPython's topics repeat each other ("specialnames" contains "attribute-access" word for word), so a split by
+name alone would leak. A paragraph of at least `MIN_REPEATED_CHARS` characters, compared without regard to
+whitespace, is therefore kept once in all: in the evaluation part if it occurs there, else in the validation
+part, else at its first occurrence.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ PARTS = ("evaluation", "validation", "fit")
 MIN_REPEATED_CHARS = 40
 """Paragraphs shorter than this (headings, one-line code) may repeat between topics and parts."""
 
-# The salt was chosen by the parts' sizes alone, before anything was trained: with few topics of very different lengths
-# most salts miss the shares. This one gives 13.5-14.5 % evaluation and 8-9 % validation (characters, CPython 3.11-3.13).
+# The salt was chosen by the parts' sizes alone, before anything was trained: with few topics of very
+# different lengths most salts miss the shares. This one gives 13.5-14.5 % evaluation and 8-9 % validation
+# (by characters, CPython 3.11 to 3.13).
 _SALT = "odyssey-embedded-text-v240"
 _BUCKETS = 1000
 _EVALUATION_BUCKETS = 130
@@ -89,7 +92,7 @@ def python_topics() -> dict[str, dict[str, str]]:
 
 
 def training_text() -> str:
-    """Text for training and calibration (the ``fit`` and ``validation`` parts): none of it is in `evaluation_text`."""
+    """Text for training and calibration: the ``fit`` and ``validation`` parts, not `evaluation_text`."""
     parts = python_topics()
     topics = parts["fit"] | parts["validation"]
     return "\n\n".join(topics[name] for name in sorted(topics))

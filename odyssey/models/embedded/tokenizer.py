@@ -11,8 +11,8 @@ BOS, EOS = "<s>", "</s>"
 def train_tokenizer(text: str, vocab_size: int, model_max_length: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer of exactly `vocab_size` tokens on `text`; deterministic.
 
-    Ids 0 and 1 are BOS and EOS (EOS also pads), encoding puts BOS in front. Every string round-trips: all 256 bytes
-    are tokens, nothing is normalised, no space is added.
+    Ids 0 and 1 are BOS and EOS (EOS also pads), encoding puts BOS in front. Every string round-trips: all 256
+    bytes are tokens, nothing is normalised, no space is added.
     Raises ValueError when `text` is too short to fill the vocabulary.
     """
     tokenizer = Tokenizer(models.BPE())
