@@ -1,0 +1,124 @@
+// Chooses the tile and the split of K for a problem, and launches.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+
+#include "../common/gemm_args.h"
+#include "gemm.cuh"
+#include "split_k.h"
+
+namespace fg {
+namespace sm80 {
+
+inline int cuda_error(cudaError_t status) {
+  return status == cudaSuccess ? FG_OK : FG_ERROR_CUDA + static_cast<int>(status);
+}
+
+// Multiprocessors of the current device; negative: -cudaError_t.
+inline int multiprocessors() {
+  constexpr int kMaxDevices = 64;
+  static std::atomic<int> cache[kMaxDevices];
+  int device = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return -static_cast<int>(status);
+  if (device < kMaxDevices) {
+    const int known = cache[device].load(std::memory_order_relaxed);
+    if (known != 0) return known;
+  }
+  int count = 0;
+  status = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  if (status != cudaSuccess) return -static_cast<int>(status);
+  if (device < kMaxDevices) cache[device].store(count, std::memory_order_relaxed);
+  return count;
+}
+
+// Tiles by the number of tokens: rows x tokens of a block, columns of K in a stage, stages, blocks per multiprocessor.
+template <bool kPacked>
+using Tokens8 = Config<kPacked, 4, 1, 1, 1, 2, kPacked ? 6 : 4, kPacked ? 5 : 4>;  // 64 x 8, 128 columns
+template <bool kPacked>
+using Tokens16 = Config<kPacked, 4, 1, 1, 2, 2, kPacked ? 6 : 4, 4>;  // 64 x 16, 128 columns
+template <bool kPacked>
+using Tokens32 = Config<kPacked, 4, 1, 1, 4, 2, 4, 4>;  // 64 x 32, 128 columns
+template <bool kPacked>
+using Tokens64 = Config<kPacked, 4, 1, 2, 8, 1, 4, 2>;  // 128 x 64, 64 columns
+template <bool kPacked>
+using Tokens128 = Config<kPacked, 2, 2, 4, 8, 1, kPacked ? 4 : 3, 2>;  // 128 x 128, 64 columns
+
+struct Split {
+  int steps, steps_per_split, splits;
+};
+
+// Splits K until the blocks fill the device, but leaves every block enough of K to amortize its start and end.
+template <typename C>
+Split choose_split(int64_t m, int64_t n, int64_t k, int sm_count) {
+  constexpr int kMinSteps = 512 / C::kColumns;
+  constexpr int kMaxSplits = 16;
+  const int steps = static_cast<int>((k + C::kColumns - 1) / C::kColumns);
+  const int64_t blocks = ((n + C::kRows - 1) / C::kRows) * ((m + C::kTokens - 1) / C::kTokens);
+  const int64_t room = static_cast<int64_t>(sm_count) * C::kBlocksPerSm / blocks;
+  const int64_t wanted = std::min<int64_t>({room, steps / kMinSteps, kMaxSplits});
+  const int splits = static_cast<int>(std::max<int64_t>(1, wanted));
+  const int per_split = (steps + splits - 1) / splits;
+  return {steps, per_split, (steps + per_split - 1) / per_split};
+}
+
+template <typename C>
+int64_t partial_bytes(int64_t m, int64_t n, int64_t k) {
+  const int sm_count = multiprocessors();
+  if (sm_count <= 0) return 0;
+  const int splits = choose_split<C>(m, n, k, sm_count).splits;
+  return splits > 1 ? splits * m * n * 4 : 0;
+}
+
+template <typename C>
+int launch(const GemmArgs& args) {
+  const int sm_count = multiprocessors();
+  if (sm_count <= 0) return FG_ERROR_CUDA - sm_count;
+  const Split split = choose_split<C>(args.m, args.n, args.k, sm_count);
+
+  GemmParams p;
+  p.x = args.x;
+  p.w = static_cast<const uint8_t*>(args.w);
+  p.partial = static_cast<int32_t*>(args.workspace);
+  p.m = args.m, p.n = args.n, p.k = args.k;
+  p.steps = split.steps;
+  p.steps_per_split = split.steps_per_split;
+  p.row_blocks = static_cast<int>((args.n + C::kRows - 1) / C::kRows);
+  p.token_blocks = static_cast<int>((args.m + C::kTokens - 1) / C::kTokens);
+  p.epilogue = {args.x_scale, args.w_scale, args.bias, args.out, args.n, args.out_dtype, C::kPacked ? 4 : 0};
+
+  const int64_t blocks = static_cast<int64_t>(p.row_blocks) * p.token_blocks;
+  if (blocks > INT32_MAX / kTokenBlocksPerGroup) return FG_ERROR_SIZE;
+  cudaError_t status = cudaFuncSetAttribute(gemm<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes);
+  if (status != cudaSuccess) return cuda_error(status);
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(split.splits));
+  gemm<C><<<grid, C::kThreads, C::kSharedBytes, args.stream>>>(p);
+  status = cudaGetLastError();
+  if (status != cudaSuccess || split.splits == 1) return cuda_error(status);
+
+  return cuda_error(add_splits(p.partial, split.splits, args.m, p.epilogue, args.stream));
+}
+
+// Calls `use` with the tile for m tokens.
+template <bool kPacked, typename Use>
+auto with_tile(int64_t m, Use use) {
+  if (m <= 8) return use(Tokens8<kPacked>{});
+  if (m <= 16) return use(Tokens16<kPacked>{});
+  if (m <= 32) return use(Tokens32<kPacked>{});
+  if (m <= 64) return use(Tokens64<kPacked>{});
+  return use(Tokens128<kPacked>{});
+}
+
+template <bool kPacked>
+int run(const GemmArgs& args) {
+  return with_tile<kPacked>(args.m, [&](auto tile) { return launch<decltype(tile)>(args); });
+}
+
+template <bool kPacked>
+int64_t workspace(int64_t m, int64_t n, int64_t k) {
+  return with_tile<kPacked>(m, [&](auto tile) { return partial_bytes<decltype(tile)>(m, n, k); });
+}
+
+}  // namespace sm80
+}  // namespace fg
