@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable, Iterator
 
 PARTS = ("evaluation", "validation", "fit")
 MIN_REPEATED_CHARS = 40
@@ -54,6 +55,29 @@ def normalise(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", lines).strip("\n")
 
 
+def _keys(paragraphs: Iterable[str]) -> Iterator[tuple[str, str | None]]:
+    """Each paragraph with its whitespace-blind key, None where it is short enough to repeat."""
+    for paragraph in paragraphs:
+        key = " ".join(paragraph.split())
+        yield paragraph, key if len(key) >= MIN_REPEATED_CHARS else None
+
+
+def repeated_keys(texts: Iterable[str]) -> set[str]:
+    """The set for `distinct_paragraphs` that says: all long paragraphs of `texts` have been seen."""
+    return {key for text in texts for _, key in _keys(text.split("\n\n")) if key}
+
+
+def distinct_paragraphs(text: str, seen: set[str]) -> str:
+    """Normalised `text` without its long paragraphs that are in `seen`; adds those it keeps to `seen`."""
+    kept = []
+    for paragraph, key in _keys(text.split("\n\n")):
+        if key is None or key not in seen:
+            kept.append(paragraph)
+        if key is not None:
+            seen.add(key)
+    return "\n\n".join(kept)
+
+
 def split_topics(topics: dict[str, str]) -> dict[str, dict[str, str]]:
     """Normalise `topics` (name -> text), deal them out to `PARTS` and drop repeated paragraphs.
 
@@ -63,16 +87,9 @@ def split_topics(topics: dict[str, str]) -> dict[str, dict[str, str]]:
     seen: set[str] = set()
     for part in PARTS:
         for name in sorted(name for name in topics if topic_part(name) == part):
-            kept = []
-            for paragraph in normalise(topics[name]).split("\n\n"):
-                key = " ".join(paragraph.split())
-                if len(key) >= MIN_REPEATED_CHARS:
-                    if key in seen:
-                        continue
-                    seen.add(key)
-                kept.append(paragraph)
-            if kept:
-                parts[part][name] = "\n\n".join(kept)
+            text = distinct_paragraphs(normalise(topics[name]), seen)
+            if text:
+                parts[part][name] = text
     return parts
 
 

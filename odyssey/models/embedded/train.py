@@ -24,6 +24,7 @@ import transformers
 from rich.console import Console
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from odyssey.models.embedded.docstrings import stdlib_docstrings
 from odyssey.models.embedded.text import evaluation_text, python_topics, text_sha256, training_text
 from odyssey.models.embedded.tokenizer import train_tokenizer
 from odyssey.models.embedded.trainer import Hyperparameters, build_model, mean_loss, train
@@ -72,14 +73,20 @@ def run(hp: Hyperparameters, out: Path, console: Console) -> dict:
     joined = {part: "\n\n".join(texts.values()) for part, texts in topics.items()}
     # verbose=False: texts longer than the model's context are no mistake here, windows are cut later.
     ids = {part: tokenizer(text, verbose=False).input_ids for part, text in joined.items()}
-    documents = [
-        [*tokenizer(text, verbose=False).input_ids, tokenizer.eos_token_id] for text in topics["fit"].values()
-    ]
+    docstrings = stdlib_docstrings([joined["evaluation"], joined["validation"]])
+
+    def documents(texts: dict[str, str]) -> list[list[int]]:
+        eos = tokenizer.eos_token_id
+        return [[*tokenizer(text, verbose=False).input_ids, eos] for text in texts.values()]
+
+    docstring_text = "\n\n".join(docstrings.values())
+    fit, extra = documents(topics["fit"]), documents(docstrings)
     model = build_model(hp, tokenizer)
     parameters = sum(p.numel() for p in model.parameters())
-    sizes = ", ".join(f"{part} {len(tokens):,}" for part, tokens in ids.items())
+    tokens = {part: len(i) for part, i in ids.items()} | {"docstrings": sum(map(len, extra))}
+    sizes = ", ".join(f"{part} {count:,}" for part, count in tokens.items())
     console.print(f"{parameters:,} parameters; tokens: {sizes}")
-    result = train(model, documents, ids["validation"], hp, console)
+    result = train(model, fit, extra, ids["validation"], hp, console)
     write_checkpoint(model, tokenizer, out)
     # Measured in fp32 arithmetic on the weights as rounded to fp16, so the file can be checked against it.
     model.float()
@@ -89,10 +96,11 @@ def run(hp: Hyperparameters, out: Path, console: Console) -> dict:
         "losses_nats_per_token": losses,
         "perplexities": {part: math.exp(loss) for part, loss in losses.items()},
         "protocol": f"windows of {hp.window} tokens, BOS at the start of the text only, tail dropped",
-        "tokens": {part: len(i) for part, i in ids.items()},
-        "characters": {part: len(text) for part, text in joined.items()},
+        "tokens": tokens,
+        "characters": {part: len(text) for part, text in (joined | {"docstrings": docstring_text}).items()},
         "training_text_sha256": text_sha256(training_text()),
         "evaluation_text_sha256": text_sha256(evaluation_text()),
+        "docstrings_sha256": text_sha256(docstring_text),
         "hyperparameters": asdict(hp),
         "optimizer": "Muon (decoder matrices), AdamW (embedding, norms); bf16 autocast, fp32 weights",
         "steps": result.steps,

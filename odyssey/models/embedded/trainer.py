@@ -1,8 +1,8 @@
 """How the embedded model learns: architecture, batches, loss, optimisation (run by `embedded.train`).
 
-The corpus is about 100 thousand tokens, so the fight is against overfitting: dropout on the embedding and on
-every residual branch, weight decay, an exponential moving average of the weights, and early stopping on the
-``validation`` topics.
+The help topics hold about 100 thousand training tokens, so the fight is against overfitting: the standard
+library's docstrings as a first, larger text, dropout on the embedding and on every residual branch, weight
+decay, an exponential moving average of the weights, and early stopping on the ``validation`` topics.
 """
 
 from __future__ import annotations
@@ -34,19 +34,20 @@ class Hyperparameters:
     max_position_embeddings: int = 2048
     window: int = 512
     batch_size: int = 4
-    max_steps: int = 2000
-    warmup_steps: int = 100
+    max_steps: int = 1200
+    docstring_share: float = 0.9
+    warmup_steps: int = 50
     learning_rate: float = 3e-3
     final_learning_rate_ratio: float = 0.02
     adam_beta2: float = 0.98
-    weight_decay: float = 0.3
+    weight_decay: float = 0.1
     gradient_clip: float = 1.0
-    dropout: float = 0.2
+    dropout: float = 0.1
     average_decay: float = 0.99
-    evaluate_every: int = 50
-    patience: int = 8
+    evaluate_every: int = 100
+    patience: int = 6
     seed: int = 0
-    threads: int = 2
+    threads: int = 1
 
 
 @dataclass(frozen=True)
@@ -78,28 +79,39 @@ def build_model(hp: Hyperparameters, tokenizer: PreTrainedTokenizerBase) -> Llam
     return LlamaForCausalLM(config).float()
 
 
-def training_batches(documents: Sequence[list[int]], hp: Hyperparameters) -> Iterator[torch.Tensor]:
-    """Endless batches [batch_size, window] of int64 ids.
+def shuffled_windows(documents: Sequence[list[int]], window: int, rng: random.Random) -> Iterator[list[int]]:
+    """Endless windows of `window` token ids from `documents`.
 
     Every epoch joins the documents in a new order, drops a random number (< window) of leading tokens and
     cuts what follows into windows, so window borders fall elsewhere each time.
     """
     total = sum(len(document) for document in documents)
-    if total < 2 * hp.window:
-        raise ValueError(f"window={hp.window} needs at least {2 * hp.window} training tokens, got {total}")
-    rng = random.Random(hp.seed)
-    pending: list[list[int]] = []
+    if total < 2 * window:
+        raise ValueError(f"window={window} needs at least {2 * window} training tokens, got {total}")
     while True:
         order = list(documents)
         rng.shuffle(order)
         stream = [token for document in order for token in document]
-        start = rng.randrange(hp.window)
-        windows = [stream[i : i + hp.window] for i in range(start, len(stream) - hp.window + 1, hp.window)]
+        start = rng.randrange(window)
+        windows = [stream[i : i + window] for i in range(start, len(stream) - window + 1, window)]
         rng.shuffle(windows)
-        pending += windows
-        while len(pending) >= hp.batch_size:
-            yield torch.tensor(pending[: hp.batch_size])
-            pending = pending[hp.batch_size :]
+        yield from windows
+
+
+def training_batches(
+    topics: Sequence[list[int]], docstrings: Sequence[list[int]], hp: Hyperparameters
+) -> Iterator[torch.Tensor]:
+    """`max_steps` batches [batch_size, window] of int64 ids, from tokenized topics and docstrings.
+
+    The probability that a window comes from the docstrings falls linearly from `docstring_share` to zero:
+    the plentiful text comes first, the text that is wanted last. Without docstrings all come from the topics.
+    """
+    rng = random.Random(hp.seed)
+    near = shuffled_windows(topics, hp.window, rng)
+    far = shuffled_windows(docstrings, hp.window, rng) if docstrings else near
+    for step in range(hp.max_steps):
+        share = hp.docstring_share * (1 - step / hp.max_steps)
+        yield torch.tensor([next(far if rng.random() < share else near) for _ in range(hp.batch_size)])
 
 
 @torch.no_grad()
@@ -208,14 +220,16 @@ class WeightAverage:
 
 def train(
     model: LlamaForCausalLM,
-    documents: Sequence[list[int]],
+    topics: Sequence[list[int]],
+    docstrings: Sequence[list[int]],
     validation_ids: Sequence[int],
     hp: Hyperparameters,
     console: Console | None = None,
 ) -> TrainingResult:
     """Train `model` in place (fp32 weights, bf16 autocast); it ends with the average at the best validation.
 
-    `documents` are the token ids of the fit topics, `validation_ids` those of the joined validation topics.
+    `topics` and `docstrings` are the token ids of the fit topics and of the standard library's docstrings,
+    one list per document, `validation_ids` those of the joined validation topics.
     Stops at `max_steps`, or once the validation loss has not fallen for `patience` measurements.
     Raises FloatingPointError when the loss is no longer finite.
     """
@@ -226,14 +240,12 @@ def train(
     best_loss, best_step, stale = math.inf, 0, 0
     recent: list[float] = []
     history: list[dict[str, float]] = []
-    batches = training_batches(documents, hp)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     progress = Progress("training", *columns, console=console, disable=console is None)
     with progress, residual_dropout(model, hp.dropout):
         bar = progress.add_task("training", total=hp.max_steps)
         model.train()
-        for step in range(1, hp.max_steps + 1):
-            batch = next(batches)
+        for step, batch in enumerate(training_batches(topics, docstrings, hp), start=1):
             with torch.autocast("cpu", torch.bfloat16):
                 logits = model(input_ids=batch).logits[:, :-1]
             loss = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
