@@ -1,0 +1,30 @@
+// The compiled kernel instances and the jump from a plan to its instance.
+#pragma once
+
+#include "launch.cuh"
+
+namespace fg::sm90 {
+
+template <bool kInt4>
+int launch_plan(const GemmArgs& a, const Plan& plan) {
+#define FG_INSTANCE(blocks_, tokens_, multicast_)                                                       \
+  if (plan.blocks == blocks_ && plan.tokens == tokens_ && plan.multicast == multicast_) \
+    return launch<Config<kInt4, blocks_, tokens_, multicast_>>(a, plan);
+  FG_INSTANCE(1, 8, false)
+  FG_INSTANCE(1, 16, false)
+  FG_INSTANCE(1, 32, false)
+  FG_INSTANCE(1, 64, false)
+  FG_INSTANCE(2, 8, false)
+  FG_INSTANCE(2, 16, false)
+  FG_INSTANCE(2, 32, false)
+  FG_INSTANCE(2, 64, false)
+  FG_INSTANCE(2, 96, false)
+  FG_INSTANCE(2, 128, false)
+  FG_INSTANCE(2, 128, true)
+  FG_INSTANCE(1, 256, false)
+  FG_INSTANCE(1, 256, true)
+#undef FG_INSTANCE
+  return FG_ERROR_SIZE;
+}
+
+}  // namespace fg::sm90

@@ -1,0 +1,108 @@
+// Host side of one GEMM kernel instance: tensor maps, launch parameters, cluster launch.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <atomic>
+
+#include "../common/gemm_args.h"
+#include "gemm_kernel.cuh"
+#include "plan.h"
+#include "tensor_map.h"
+
+namespace fg::sm90 {
+
+constexpr int kMaxDevices = 64;
+
+inline int cuda_code(cudaError_t status) { return status == cudaSuccess ? FG_OK : FG_ERROR_CUDA + status; }
+
+// Clusters of `size` CTAs that the current device can hold at once; prepares the kernel on first use of a device.
+template <class C>
+int resident_clusters(int device, int size, int* clusters) {
+  static std::atomic<int> cache[kMaxDevices][9];
+  if (device < kMaxDevices) {
+    *clusters = cache[device][size].load(std::memory_order_acquire);
+    if (*clusters != 0) return FG_OK;
+  }
+  cudaError_t status =
+      cudaFuncSetAttribute(gemm_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedLimit);
+  if (status != cudaSuccess) return cuda_code(status);
+  int count = 0;
+  if (size == 1) {
+    status = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  } else {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(size);
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = kSharedLimit;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    status = cudaOccupancyMaxActiveClusters(&count, gemm_kernel<C>, &config);
+  }
+  if (status != cudaSuccess) return cuda_code(status);
+  if (count < 1) return FG_ERROR_CUDA + cudaErrorLaunchOutOfResources;
+  *clusters = count;
+  if (device < kMaxDevices) cache[device][size].store(count, std::memory_order_release);
+  return FG_OK;
+}
+
+template <class C>
+int launch(const GemmArgs& a, const Plan& plan) {
+  const int cluster = C::kMulticast ? 2 : plan.split;
+  int device = 0, clusters = 0;
+  const cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return cuda_code(status);
+  int code = resident_clusters<C>(device, cluster, &clusters);
+  if (code != FG_OK) return code;
+
+  Params p{};
+  p.w = static_cast<const uint8_t*>(a.w);
+  p.x_scale = a.x_scale;
+  p.w_scale = a.w_scale;
+  p.bias = a.bias;
+  p.out = a.out;
+  p.m = static_cast<int>(a.m);
+  p.n = static_cast<int>(a.n);
+  p.k_blocks = static_cast<int>((a.k + 63) / 64);
+  p.k_steps = static_cast<int>((a.k + kStepK - 1) / kStepK);
+  p.row_blocks = static_cast<int>((a.n + 63) / 64);
+  p.row_tiles = static_cast<int>((a.n + C::kRows - 1) / C::kRows);
+  if (C::kMulticast) p.row_tiles = (p.row_tiles + 1) / 2;
+  p.token_tiles = static_cast<int>((a.m + C::kTokens - 1) / C::kTokens);
+  const int groups = (p.token_tiles + plan.group - 1) / plan.group;
+  p.group = (p.token_tiles + groups - 1) / groups;
+  p.split = plan.split;
+  p.stages = pipeline_stages<C>(plan.split);
+  p.out_dtype = a.out_dtype;
+  p.stream_weights = p.token_tiles == 1;
+
+  CUtensorMap x_map{}, w_map{}, out_map{};
+  code = encode_tensor_map(&x_map, a.x, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.m, a.k,
+                           C::kMulticast ? C::kTokens / 2 : C::kTokens, kStepK);
+  if (code == FG_OK && !C::kInt4)
+    code = encode_tensor_map(&w_map, a.w, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.n, a.k, C::kRows, kStepK);
+  if (code == FG_OK && C::kTensorStore && plan.split == 1) {
+    const bool wide = a.out_dtype == FG_I32 || a.out_dtype == FG_F32;
+    code = encode_tensor_map(&out_map, a.out, wide ? CU_TENSOR_MAP_DATA_TYPE_UINT32 : CU_TENSOR_MAP_DATA_TYPE_UINT16,
+                             wide ? 4 : 2, a.m, a.n, C::kStoreTokens, wide ? 32 : 64);
+  }
+  if (code != FG_OK) return code;
+
+  const int64_t tiles = static_cast<int64_t>(p.row_tiles) * p.token_tiles;
+  cudaLaunchAttribute attributes[1] = {};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>((tiles < clusters ? tiles : clusters) * cluster));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = shared_layout<C>(p.stages, p.split).total;
+  config.stream = a.stream;
+  config.attrs = attributes;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  return cuda_code(cudaLaunchKernelEx(&config, gemm_kernel<C>, p, x_map, w_map, out_map));
+}
+
+}  // namespace fg::sm90

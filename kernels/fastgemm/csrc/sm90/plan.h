@@ -1,0 +1,18 @@
+// The choice of tile shape, cluster size and split for one GEMM on sm_90a.
+#pragma once
+
+#include <stdint.h>
+
+namespace fg::sm90 {
+
+struct Plan {
+  int blocks;      // 64-row blocks per consumer warpgroup (tile rows = 128 * blocks)
+  int tokens;      // tokens per tile
+  bool multicast;  // pairs of CTAs share token tiles
+  int split;       // CTAs of a cluster that share the reduction of one tile
+  int group;       // token tiles walked before the next row tile
+};
+
+Plan choose_plan(int kind, int64_t m, int64_t n, int64_t k);
+
+}  // namespace fg::sm90
