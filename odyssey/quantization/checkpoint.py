@@ -217,9 +217,7 @@ def load_quantized(
         bias = reader.read(f"{name}.bias").to(device, dtype) if has_bias else None
         weight = _read_weight(lambda key: reader.read(key).to(device), names, name, layer)
         quantized = QuantizedLinear(weight, bias, backend)
-        scheme = weight.scheme
-        if device.type == "cuda" and backend == "integer" and scheme.weight_bits <= 4 and scheme.label.endswith("A8"):
-            quantized.pack_for_kernels()
+        quantized.pack_for_kernels()
         setattr(owner, leaf, quantized)
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta and name in names:

@@ -159,24 +159,30 @@ class _LearnedInt8Linear(torch.autograd.Function):
     """int8 per-token x @ (per-channel integers of weight / scales)^T, differentiable in x and the scales.
 
     Forward is the deployed arithmetic (exact integer product, then both scales); backward is that of
-    linear(fake_quant_per_token(x), fake_quant_weight(weight, scales)), but keeps int8 tensors alone.
+    linear(fake_quant_per_token(x), fake_quant_weight(weight, scales)).
     """
 
     @staticmethod
     def forward(ctx, x, weight, scales, bias, scheme, tf32):
-        rows = x.reshape(-1, x.shape[-1])
-        x_values, x_scales = quantize_activation_per_token(rows)
-        values = quantize_weight(weight, scales, None, scheme)
+        x_values, x_scales = quantize_activation_per_token(x.reshape(-1, x.shape[-1]))
+        ratio = weight / scales
+        rounded = torch.round(ratio)
+        clamped = rounded.clamp(scheme.qmin, scheme.qmax)
+        values = clamped.to(torch.int8)
         y = _int8_product(x_values, values).mul_(x_scales).mul_(scales.t())
         if bias is not None:
             y += bias
-        ctx.save_for_backward(x_values, x_scales, values, weight, scales)
-        ctx.scheme, ctx.tf32 = scheme, tf32
+        slope = None
+        if ctx.needs_input_grad[2]:
+            # As in fake_quant: q - w / scale inside the range, q where the integer is clamped.
+            slope = torch.where(rounded == clamped, clamped - ratio, clamped)
+        ctx.save_for_backward(x_values, x_scales, values, scales, slope)
+        ctx.tf32 = tf32
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, grad):
-        x_values, x_scales, values, weight, scales = ctx.saved_tensors
+        x_values, x_scales, values, scales, slope = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_scales = None
         with _tf32_products(ctx.tf32 and grad.is_cuda):
@@ -184,13 +190,7 @@ class _LearnedInt8Linear(torch.autograd.Function):
                 grad_x = (rows @ (values * scales)).view(*grad.shape[:-1], -1)
             if ctx.needs_input_grad[2]:
                 grad_weight = rows.t() @ (x_values * x_scales)
-        if ctx.needs_input_grad[2]:
-            # As in fake_quant: q - w / scale inside the range, q where the integer is clamped.
-            ratio = weight / scales
-            rounded = torch.round(ratio)
-            inside = (rounded >= ctx.scheme.qmin) & (rounded <= ctx.scheme.qmax)
-            slope = values - ratio.mul_(inside)
-            grad_scales = grad_weight.mul_(slope).sum(dim=1, keepdim=True)
+                grad_scales = grad_weight.mul_(slope).sum(dim=1, keepdim=True)
         return grad_x, None, grad_scales, None, None, None
 
 

@@ -61,14 +61,19 @@ class QuantizedLinear(nn.Module):
         """float32 [out_features, in_features]."""
         return dequantize(self.weight())
 
-    def pack_for_kernels(self) -> None:
-        """Replace the int8 values by FastGEMM's packed int4 layout, which its CUDA kernels read (idempotent)."""
-        if self.packed is None:
-            self.packed = fastgemm.pack(self.values)
-            self.values = None
-
     def _uses_integers(self) -> bool:
         return self.scheme.activation_bits == 8 and self.scheme.symmetric and self.backend == "integer"
+
+    def pack_for_kernels(self) -> bool:
+        """On a CUDA device, hold the values in FastGEMM's packed int4 layout if that kernel computes this layer.
+
+        Returns whether the layer is packed; calling it again changes nothing.
+        """
+        kernel_applies = self._uses_integers() and self.scheme.weight_bits <= 4 and self.scheme.group_size == PER_CHANNEL
+        if self.packed is None and kernel_applies and self.scales.is_cuda:
+            self.packed = fastgemm.pack(self.values)
+            self.values = None
+        return self.packed is not None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] floating point -> [..., out_features] in x's dtype."""
@@ -85,8 +90,7 @@ class QuantizedLinear(nn.Module):
         quantized, token_scales = fastgemm.quantize_per_token(tokens.contiguous())
         channel_scales = self.scales[:, 0].contiguous()
         bias = None if self.bias is None else self.bias.to(tokens.dtype)
-        if tokens.is_cuda and self.scheme.weight_bits <= 4:
-            self.pack_for_kernels()
+        if tokens.is_cuda and self.pack_for_kernels():
             return fastgemm.w4a8_gemm(quantized, token_scales, self.packed, channel_scales, bias, tokens.dtype)
         return fastgemm.w8a8_gemm(quantized, token_scales, self.weight().values, channel_scales, bias, tokens.dtype)
 

@@ -82,7 +82,7 @@ class OdysseyMethod:
     def quantize_block(self, block: nn.Module, calibration: BlockCalibration | None) -> BlockResult:
         """Quantize all linear layers of `calibration.linear_groups`.
 
-        Metrics: seconds per step, `lwc` (losses per epoch, best epoch), `layers` (per layer: the metrics of
+        Metrics: step_seconds, `lwc` (losses per epoch, best epoch), `layers` (per layer: the metrics of
         GPTQ, or the relative output error where a Hessian was at hand). Raises ValueError, naming the layer,
         for weights or activations with NaN or Inf.
         """
@@ -100,7 +100,7 @@ class OdysseyMethod:
         for index, hidden in enumerate(calibration.inputs if calibration else ()):
             check_finite(hidden, f"the block's input in calibration sample {index}")
 
-        metrics: dict = {"seconds": {}, "layers": {name: {} for name in names}}
+        metrics: dict = {"step_seconds": {}, "layers": {name: {} for name in names}}
         scales = self._clip(block, calibration, names, metrics)
         started = time.perf_counter()
         if self.settings.compensation == "gptq":
@@ -112,7 +112,7 @@ class OdysseyMethod:
                 )
                 for name in names
             }
-        metrics["seconds"]["compensation"] = time.perf_counter() - started
+        metrics["step_seconds"]["compensation"] = time.perf_counter() - started
         return BlockResult(weights=weights, metrics=metrics)
 
     def _clip(
@@ -127,14 +127,14 @@ class OdysseyMethod:
         if settings.clipping == "search" or settings.lwc.initialization == "search":
             calibration.report("clip search")
             ratios = self._search(block, calibration, names)
-            metrics["seconds"]["search"] = time.perf_counter() - started
+            metrics["step_seconds"]["search"] = time.perf_counter() - started
         if settings.clipping == "search":
             return {
                 name: minmax_grid(block.get_submodule(name).weight.detach(), self.scheme)[0] * ratio
                 for name, ratio in ratios.items()
             }
         result = learn_clipping(block, calibration, self.scheme, settings.lwc, ratios)
-        metrics["seconds"]["lwc"] = result.seconds
+        metrics["step_seconds"]["lwc"] = result.seconds
         metrics["lwc"] = {"losses": result.losses, "best_epoch": result.best_epoch}
         return result.scales
 

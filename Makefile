@@ -1,0 +1,42 @@
+# Two commands for a fresh machine: `make run` and `make test`. Both set up .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup run test test-slow lint tables bench clean
+
+help:
+	@echo "make run    set up, then quantize and measure the embedded model with every method (CPU, no network)"
+	@echo "make test   set up, then run the tests"
+	@echo "make lint   ruff"
+	@echo "make test-slow   the tests that take minutes"
+	@echo "make bench  per-GEMM latency on this machine's GPU"
+
+setup: $(READY)
+
+$(READY): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "Python 3.11 or later is needed: make run PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,cluster,gpu]'
+	@touch $@
+
+run: setup
+	$(BIN)/python run.py -m experiment=quickstart
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+
+bench: setup
+	$(BIN)/python -m fastgemm.bench
+
+clean:
+	rm -rf outputs .pytest_cache .ruff_cache

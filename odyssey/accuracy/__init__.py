@@ -1,0 +1,1 @@
+"""Accuracy: perplexity by the standard protocol, lm-eval tasks."""

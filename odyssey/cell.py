@@ -1,0 +1,270 @@
+"""One cell: quantize a model with a method, measure it, write the record. Runs in a process of its own.
+
+`python -m odyssey.cell CONFIG.yaml RECORD.json` is started by odyssey.runner; a user starts run.py.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import resource
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from odyssey.config import RootConfig, dataset_of, register_schemas, validate
+from odyssey.errors import OdysseyError, UnsupportedError
+from odyssey.record import OK, RECORD_VERSION, model_directory_name, write_json
+
+
+class Cell:
+    """Runs the stages of a cell and collects the record as it goes, so that a failure keeps what was finished."""
+
+    def __init__(self, config: RootConfig, plain_config: dict, digest: str) -> None:
+        self.config = config
+        self.record: dict = {
+            "version": RECORD_VERSION,
+            "digest": digest,
+            "outcome": None,
+            "reason": None,
+            "started": _now(),
+            "config": plain_config,
+            "timings": {},
+        }
+
+    def run(self) -> dict:
+        """Execute all stages; every failure becomes the record's outcome and reason."""
+        started = time.monotonic()
+        try:
+            self._stages()
+            self.record["outcome"] = OK
+        except OdysseyError as error:
+            self._fail(error.outcome, str(error))
+        except MemoryError:
+            self._fail("oom", "host memory exhausted; use a smaller model, fewer calibration samples or a larger machine")
+        except Exception as error:
+            traceback.print_exc()
+            if type(error).__name__ == "OutOfMemoryError":
+                self._fail("oom", f"GPU memory exhausted: {_first_line(error)}")
+            else:
+                self._fail("failed", f"{type(error).__name__}: {_first_line(error)}")
+        self.record["memory"] = _memory_peaks()
+        self.record["finished"] = _now()
+        self.record["timings"]["total_s"] = time.monotonic() - started
+        return self.record
+
+    def _fail(self, outcome: str, reason: str) -> None:
+        self.record["outcome"], self.record["reason"] = outcome, reason
+
+    def _stages(self) -> None:
+        # Imported here: a config error or a found record is answered before torch is loaded.
+        import torch
+
+        from odyssey import environment
+        from odyssey.models.load import load_tokenizer
+        from odyssey.models.source import resolve_model
+        from odyssey.progress import Progress
+
+        config = self.config
+        self.record["environment"] = environment.describe()
+        self.record["seeds"] = {"seed": config.seed, "calibration": config.calibration.seed}
+        torch.manual_seed(config.seed)
+        self.device = _device(config.device)
+        self.record["device"] = str(self.device)
+        self.progress = Progress()
+        name = model_directory_name(config)
+        self.source = resolve_model(
+            config.model.name, hub_id=config.model.hub_id, path=config.model.path, revision=config.model.revision
+        )
+        if self.source.name != name:
+            import dataclasses
+
+            self.source = dataclasses.replace(self.source, name=name)
+        self.record["model"] = {
+            "name": name,
+            "origin": self.source.origin,
+            "fingerprint": self.source.fingerprint,
+        }
+        self.tokenizer = load_tokenizer(self.source)
+        checkpoint = self._timed("quantization_s", self._quantize)
+        if config.accuracy.perplexity is None and config.latency.engine == "none":
+            return
+        model = self._timed("load_s", lambda: self._load(checkpoint))
+        if config.accuracy.perplexity is not None:
+            self._timed("perplexity_s", lambda: self._perplexity(model))
+        if config.latency.engine != "none":
+            self._timed("latency_s", lambda: self._latency(model))
+
+    def _timed(self, key: str, stage):
+        started = time.monotonic()
+        try:
+            return stage()
+        finally:
+            self.record["timings"][key] = time.monotonic() - started
+
+    def _quantize(self) -> Path | None:
+        """Write (or find) the quantized checkpoint; None for fp16, which measures the source itself."""
+        from odyssey.methods import build_method, settings_dict
+        from odyssey.models.architecture import LlamaFamily
+        from odyssey.models.reader import CheckpointReader
+        from odyssey.quantization.pipeline import job_digest, quantize_checkpoint
+
+        config = self.config
+        architecture = LlamaFamily.from_directory(self.source.path)
+        self.max_positions = architecture.max_positions
+        method = build_method(config.method.name, config.method)
+        self.record["method"] = {"name": method.name, "label": method.scheme.label, "scheme": method.scheme.to_dict()}
+        if method.scheme.weight_bits == 16:
+            reader = CheckpointReader(self.source.path)
+            dtype = reader.read(architecture.embedding_name).dtype
+            self.record["size"] = {"disk_bytes": reader.total_bytes(), "bits_per_weight": float(8 * dtype.itemsize)}
+            self.record["method"]["checkpoint_dtype"] = str(dtype).removeprefix("torch.")
+            return None
+        calibration = self._calibration(architecture) if method.needs_calibration else None
+        settings = settings_dict(config.method)
+        digest = job_digest(self.source, settings, calibration, config.seed)
+        directory = Path(config.output_dir) / self.source.name / "checkpoints" / f"{method.name}-{digest}"
+        if config.force:
+            _remove(directory)
+        report = quantize_checkpoint(
+            self.source, method, settings, calibration, directory,
+            device=self.device, seed=config.seed, progress=self.progress,
+        )  # fmt: skip
+        self.record["quantization"] = {
+            "checkpoint": os.path.relpath(directory, config.output_dir),
+            "job": digest,
+            "seconds": report.seconds,
+            "block_seconds": report.block_seconds,
+            "resumed_blocks": report.resumed_blocks,
+            "activations_on_disk": report.activations_on_disk,
+            "calibration": report.manifest["calibration"],
+            "block_metrics": report.manifest["block_metrics"],
+        }
+        self.record["size"] = report.manifest["size"]
+        return directory
+
+    def _calibration(self, architecture):
+        from odyssey.data.calibration import sample_calibration
+        from odyssey.data.texts import load_corpus
+
+        group = self.config.calibration
+        dataset = dataset_of(group, self.config.model, default="c4")
+        corpus = load_corpus(dataset, "train", path=group.path, root=self.config.data.root)
+        seqlen = self._clip_length("calibration.seqlen", group.seqlen)
+        return sample_calibration(corpus, self.tokenizer, num_samples=group.num_samples, seqlen=seqlen, seed=group.seed)
+
+    def _clip_length(self, key: str, length: int) -> int:
+        if length > self.max_positions:
+            print(f"{key}={length}: {self.source.name} takes {self.max_positions} tokens, using that")
+        return min(length, self.max_positions)
+
+    def _load(self, checkpoint: Path | None):
+        from odyssey.models.load import load_model
+        from odyssey.quantization.checkpoint import load_quantized
+
+        if checkpoint is None:
+            model = load_model(self.source, self.device)
+            arithmetic = "floating point"
+        else:
+            backend = "simulate" if self.config.accuracy.simulate else "integer"
+            model = load_quantized(checkpoint, self.device, backend=backend)
+            scheme = self.record["method"]["scheme"]
+            if backend == "simulate":
+                arithmetic = "simulated"
+            elif scheme["activation_bits"] == 8 and scheme["symmetric"]:
+                arithmetic = "integer"
+            else:
+                arithmetic = "dequantized weights"
+        self.record["model"]["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+        self.record["method"]["arithmetic"] = arithmetic
+        return model
+
+    def _perplexity(self, model) -> None:
+        from odyssey.accuracy.perplexity import perplexity
+        from odyssey.data.texts import load_corpus
+
+        group = self.config.accuracy.perplexity
+        dataset = dataset_of(group, self.config.model, default="wikitext2")
+        corpus = load_corpus(dataset, "test", path=group.path, root=self.config.data.root)
+        result = perplexity(
+            model, self.tokenizer, corpus,
+            window=self._clip_length("accuracy.perplexity.window", group.window),
+            max_windows=group.max_windows, progress=self.progress,
+        )  # fmt: skip
+        result["simulated"] = self.config.accuracy.simulate
+        self.record.setdefault("accuracy", {}).setdefault("perplexity", {})[dataset] = result
+
+    def _latency(self, model) -> None:
+        from odyssey.latency.transformers_engine import measure
+        from odyssey.models.load import load_model
+
+        group = self.config.latency
+        if group.input_len + group.output_len > self.max_positions:
+            raise UnsupportedError(
+                f"latency.input_len={group.input_len} + latency.output_len={group.output_len} exceed the "
+                f"{self.max_positions} positions of {self.source.name}; lower them"
+            )
+        reference = None if self.record["method"]["name"] == "fp16" else load_model(self.source, self.device)
+        self.record["latency"] = measure(
+            model, reference,
+            batch_size=group.batch_size, input_len=group.input_len, output_len=group.output_len,
+            warmup=group.warmup, repeats=group.repeats, seed=self.config.seed, progress=self.progress,
+        )  # fmt: skip
+
+
+def _device(name: str):
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedError("device=cuda: no CUDA device is visible; use device=cpu or device=auto")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def _remove(directory: Path) -> None:
+    import shutil
+
+    if directory.is_dir():
+        shutil.rmtree(directory)
+
+
+def _memory_peaks() -> dict:
+    peaks = {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "peak_cuda_bytes": None}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        peaks["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
+    return peaks
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def main(config_path: str, record_path: str, digest: str) -> int:
+    """Entry of the child process: run the cell that the config file describes, write its record."""
+    register_schemas()
+    config = OmegaConf.load(config_path)
+    plain = OmegaConf.to_container(config)
+    record = Cell(_typed(config), plain, digest).run()
+    write_json(Path(record_path), record)
+    if record["outcome"] != OK:
+        print(f"{record['outcome']}: {record['reason']}", flush=True)
+    return 0 if record["outcome"] == OK else 1
+
+
+def _typed(config) -> RootConfig:
+    """The plain YAML of the parent, typed by the schema again."""
+    from odyssey.config import typed_config
+
+    return validate(typed_config(config))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,211 @@
+"""The typed schema of every config group. Hydra refuses unknown keys and wrong types against it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from odyssey.data.texts import DATASETS
+from odyssey.errors import ConfigError
+from odyssey.methods import METHODS, build_method, settings_class
+
+DEVICES = ("auto", "cpu", "cuda")
+ENGINES = ("none", "transformers")
+AUTO = "auto"
+
+
+@dataclass
+class ModelConfig:
+    """name: how outputs and tables call it. hub_id: repository on the Hugging Face hub. path: a local directory in
+    Hugging Face layout, which wins over hub_id. revision: branch, tag or commit on the hub."""
+
+    name: str = MISSING
+    hub_id: str | None = None
+    path: str | None = None
+    revision: str = "main"
+
+
+@dataclass
+class CalibrationConfig:
+    """dataset: auto (a file if `path` is set, the embedded text for model=tiny, C4 otherwise), or one by name.
+    path: a text file or JSON lines with a "text" field. seqlen: tokens per sample, at most what the model takes."""
+
+    dataset: str = AUTO
+    path: str | None = None
+    num_samples: int = 128
+    seqlen: int = 2048
+    seed: int = 0
+
+
+@dataclass
+class PerplexityConfig:
+    """dataset: auto (a file if `path` is set, the embedded text for model=tiny, WikiText-2 otherwise), or one by name.
+    window: tokens per window, at most what the model takes. max_windows: evaluate only so many (null: all)."""
+
+    dataset: str = AUTO
+    path: str | None = None
+    window: int = 2048
+    max_windows: int | None = None
+
+
+@dataclass
+class AccuracyConfig:
+    """perplexity: null leaves it out. simulate: fake quantization in place of the integers (labelled in the record)."""
+
+    perplexity: PerplexityConfig | None = None
+    simulate: bool = False
+
+
+@dataclass
+class LatencyConfig:
+    """engine: none, or transformers (eager, dynamic KV cache). batch_size, input_len, output_len in tokens; warmup and
+    repeats are whole runs. The unquantized model is timed in the same process, interleaved, for the ratio."""
+
+    engine: str = "none"
+    batch_size: int = 1
+    input_len: int = 1024
+    output_len: int = 128
+    warmup: int = 1
+    repeats: int = 5
+
+
+@dataclass
+class TrackingConfig:
+    """backend: none or wandb. mode: offline or online (wandb's)."""
+
+    backend: str = "none"
+    mode: str = "offline"
+    project: str = "odyssey"
+    entity: str | None = None
+    group: str | None = None
+
+
+@dataclass
+class DataConfig:
+    """root: directory with local copies of the data sets (layout: odyssey/data/texts.py)."""
+
+    root: str | None = None
+
+
+@dataclass
+class RootConfig:
+    """One cell: a method on a model, what is measured, and where the record goes."""
+
+    method: Any = MISSING
+    model: ModelConfig = MISSING
+    calibration: CalibrationConfig = MISSING
+    accuracy: AccuracyConfig = MISSING
+    latency: LatencyConfig = MISSING
+    tracking: TrackingConfig = MISSING
+    data: DataConfig = field(default_factory=DataConfig)
+    output_dir: str = "outputs"
+    seed: int = 0
+    device: str = AUTO
+    force: bool = False
+
+
+def register_schemas() -> None:
+    """Make the schemas known to Hydra; conf/<group>/*.yaml name them in their defaults lists."""
+    store = ConfigStore.instance()
+    store.store(name="root_schema", node=RootConfig)
+    for name in METHODS:
+        store.store(group="method", name=f"{name}_schema", node=settings_class(name))
+    for group, node in (
+        ("model", ModelConfig),
+        ("calibration", CalibrationConfig),
+        ("accuracy", AccuracyConfig),
+        ("latency", LatencyConfig),
+        ("tracking", TrackingConfig),
+    ):
+        store.store(group=group, name=f"{group}_schema", node=node)
+
+
+def validate(config: DictConfig) -> RootConfig:
+    """The config as dataclass objects, with value ranges and combinations checked.
+
+    Raises ConfigError: one line naming the key and what it may be.
+    """
+    method_name = config.method.name
+    if method_name not in METHODS:
+        raise ConfigError(f"method.name={method_name}: allowed: {', '.join(METHODS)}")
+    try:
+        settings = OmegaConf.to_object(config.method)
+        build_method(method_name, settings)
+    except ValueError as error:
+        # The scheme speaks of weight_bits, the key is method.bits.
+        raise ConfigError(f"method.{error}".replace("weight_bits", "bits")) from error
+    groups = ("model", "calibration", "accuracy", "latency", "tracking", "data")
+    scalars = ("output_dir", "seed", "device", "force")
+    root = RootConfig(
+        method=settings,
+        **{name: OmegaConf.to_object(config[name]) for name in groups},
+        **{name: config[name] for name in scalars},
+    )
+    _check_choice("device", root.device, DEVICES)
+    _check_choice("latency.engine", root.latency.engine, ENGINES)
+    _check_choice("tracking.backend", root.tracking.backend, ("none", "wandb"))
+    _check_choice("tracking.mode", root.tracking.mode, ("offline", "online"))
+    _check_dataset("calibration", root.calibration)
+    if root.accuracy.perplexity is not None:
+        _check_dataset("accuracy.perplexity", root.accuracy.perplexity)
+        _check_at_least("accuracy.perplexity.window", root.accuracy.perplexity.window, 2)
+        if root.accuracy.perplexity.max_windows is not None:
+            _check_at_least("accuracy.perplexity.max_windows", root.accuracy.perplexity.max_windows, 1)
+    for key, value in (
+        ("calibration.num_samples", root.calibration.num_samples),
+        ("calibration.seqlen", root.calibration.seqlen),
+        ("latency.batch_size", root.latency.batch_size),
+        ("latency.input_len", root.latency.input_len),
+        ("latency.output_len", root.latency.output_len),
+        ("latency.repeats", root.latency.repeats),
+    ):
+        _check_at_least(key, value, 1)
+    _check_at_least("latency.warmup", root.latency.warmup, 0)
+    if root.accuracy.simulate and method_name == "fp16":
+        raise ConfigError("accuracy.simulate=true: method=fp16 has nothing to simulate; choose another method")
+    return root
+
+
+def _check_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{key}={value}: allowed: {', '.join(allowed)}")
+
+
+def _check_at_least(key: str, value: int, minimum: int) -> None:
+    if value < minimum:
+        raise ConfigError(f"{key}={value}: must be at least {minimum}")
+
+
+def _check_dataset(key: str, group: CalibrationConfig | PerplexityConfig) -> None:
+    _check_choice(f"{key}.dataset", group.dataset, (AUTO, *DATASETS))
+    if group.dataset == "file" and group.path is None:
+        raise ConfigError(f"{key}.path: must name a file when {key}.dataset=file")
+    if group.path is not None and group.dataset not in (AUTO, "file"):
+        raise ConfigError(f"{key}.path: cannot be combined with {key}.dataset={group.dataset}; leave the dataset out")
+
+
+def dataset_of(group: CalibrationConfig | PerplexityConfig, model: ModelConfig, default: str) -> str:
+    """Resolve dataset=auto."""
+    if group.path is not None:
+        return "file"
+    if group.dataset != AUTO:
+        return group.dataset
+    return "embedded" if model.name == "tiny" and model.path is None else default
+
+
+def typed_config(content: DictConfig) -> DictConfig:
+    """A resolved config that was read back from YAML, under the schema again."""
+    typed = OmegaConf.structured(RootConfig)
+    typed.method = OmegaConf.structured(settings_class(content.method.name))
+    for name, node in (
+        ("model", ModelConfig),
+        ("calibration", CalibrationConfig),
+        ("accuracy", AccuracyConfig),
+        ("latency", LatencyConfig),
+        ("tracking", TrackingConfig),
+    ):
+        typed[name] = OmegaConf.structured(node)
+    return OmegaConf.merge(typed, content)

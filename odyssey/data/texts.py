@@ -1,0 +1,120 @@
+"""Corpora by name. Each comes from a local copy under `data.root`, from a file the user names, or from the hub.
+
+Layout of `data.root` (all optional, the hub is asked for what is not there):
+    wikitext2/wiki.train.raw, wiki.test.raw     WikiText-2 raw v1, one line per row
+    c4/*.json, *.json.gz or *.jsonl             C4 documents, {"text": ...} per line; names with "train" or "val"
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from odyssey.errors import MissingDataError
+
+DATASETS = ("wikitext2", "c4", "embedded", "file")
+_C4_TRAIN = "en/c4-train.00000-of-01024.json.gz"
+_C4_VALIDATION = "en/c4-validation.00000-of-00008.json.gz"
+_DOCUMENT_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Text as documents. `name` is the dataset's, `origin` says where it was read (file name or hub id)."""
+
+    name: str
+    documents: list[str] = field(repr=False)
+    origin: str
+
+    def joined(self, separator: str = "\n\n") -> str:
+        return separator.join(self.documents)
+
+
+def text_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_corpus(dataset: str, split: str, *, path: str | None = None, root: str | None = None) -> Corpus:
+    """The corpus `dataset` ("wikitext2", "c4", "embedded", "file"), split "train" or "test".
+
+    path: the file to read when dataset is "file" (plain text, or JSON lines with a "text" field).
+    Raises MissingDataError with what to do when it is neither local nor reachable.
+    """
+    if dataset == "file":
+        return _from_file(path)
+    if dataset == "embedded":
+        from odyssey.models.embedded import evaluation_text, training_text
+
+        text = training_text() if split == "train" else evaluation_text()
+        return Corpus("embedded", [text], "pydoc_data.topics of this Python")
+    if dataset == "wikitext2":
+        return _wikitext2(split, root)
+    if dataset == "c4":
+        return _c4(split, root)
+    raise ValueError(f"unknown dataset {dataset!r}; known: {', '.join(DATASETS)}")
+
+
+def _from_file(path: str | None) -> Corpus:
+    if not path:
+        raise MissingDataError("dataset=file needs a path; give the file's name")
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise MissingDataError(f"{path}: no such file; give a text file or JSON lines with a 'text' field")
+    try:
+        if file.name.endswith(_DOCUMENT_SUFFIXES):
+            return Corpus("file", list(_documents(file)), file.name)
+        return Corpus("file", wikitext_rows(file.read_text(encoding="utf-8")), file.name)
+    except UnicodeDecodeError as error:
+        raise MissingDataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def _documents(file: Path) -> Iterator[str]:
+    opener = gzip.open if file.name.endswith(".gz") else open
+    with opener(file, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield json.loads(line)["text"]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise MissingDataError(f"{file}: line {number} is not a JSON object with a 'text' field") from error
+
+
+def wikitext_rows(text: str) -> list[str]:
+    """Rows of a WikiText-style file as the hub's data set has them: a line keeps its newline, an empty line is ""."""
+    return [line if line.strip() else "" for line in text.splitlines(keepends=True)]
+
+
+def _wikitext2(split: str, root: str | None) -> Corpus:
+    if root:
+        for folder in ("wikitext2", "wikitext-2-raw"):
+            file = Path(root).expanduser() / folder / f"wiki.{split}.raw"
+            if file.is_file():
+                return Corpus("wikitext2", wikitext_rows(file.read_text(encoding="utf-8")), file.name)
+    rows = _from_hub("Salesforce/wikitext", "wikitext2", root, f"wikitext2/wiki.{split}.raw", name="wikitext-2-raw-v1", split=split)
+    return Corpus("wikitext2", rows, "hub:Salesforce/wikitext/wikitext-2-raw-v1")
+
+
+def _c4(split: str, root: str | None) -> Corpus:
+    marker, shard = ("train", _C4_TRAIN) if split == "train" else ("val", _C4_VALIDATION)
+    if root:
+        folder = Path(root).expanduser() / "c4"
+        files = sorted(file for file in folder.glob("*") if marker in file.name and file.name.endswith(_DOCUMENT_SUFFIXES))
+        if files:
+            return Corpus("c4", list(_documents(files[0])), files[0].name)
+    documents = _from_hub("allenai/c4", "c4", root, f"c4/{Path(shard).name}", data_files={split: shard}, split=split)
+    return Corpus("c4", documents, f"hub:allenai/c4/{shard}")
+
+
+def _from_hub(hub_id: str, dataset: str, root: str | None, local_name: str, **arguments) -> list[str]:
+    from datasets import load_dataset
+
+    try:
+        return list(load_dataset(hub_id, **arguments)["text"])
+    except Exception as error:  # datasets raises a different class for every way a download can fail
+        where = f"{root}/{local_name}" if root else f"DIR/{local_name} with data.root=DIR"
+        raise MissingDataError(
+            f"{dataset}: the hub's {hub_id} cannot be read ({type(error).__name__}); put a copy at {where}, or name a file"
+        ) from error

@@ -1,0 +1,1 @@
+"""Latency: end to end and per GEMM, interleaved, with raw samples."""

@@ -1,0 +1,110 @@
+"""Checks the command line before any work starts, and says in one line what is wrong with it.
+
+Hydra's own messages spread over several lines, and in a sweep they come when earlier jobs have run for hours; here every
+job of the sweep is composed and validated first.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from odyssey.config import validate
+from odyssey.errors import ConfigError
+
+
+def check_command_line(arguments: list[str], config_dir: Path) -> None:
+    """Compose and validate every job that the arguments ask for. Raises ConfigError naming the key and what it may be."""
+    parsed = get_args_parser().parse_args(arguments)
+    if parsed.help or parsed.hydra_help or parsed.cfg or parsed.info or parsed.shell_completion:
+        return
+    with initialize_config_dir(str(config_dir), version_base="1.3"):
+        for overrides in _jobs(parsed):
+            validate(_compose(overrides))
+
+
+def _jobs(parsed) -> list[list[str]]:
+    """The override list of every job: the sweep's values expanded, one list for a single run."""
+    try:
+        overrides = OverridesParser.create().parse_overrides(parsed.overrides)
+    except OverrideParseException as error:
+        raise ConfigError(f"{error.override}: not of the form key=value") from error
+    swept = [override for override in overrides if override.is_sweep_override()]
+    plain = [override for override in overrides if not override.is_sweep_override()]
+    plain_lines = [override.input_line for override in plain]
+    config = _compose(plain_lines, hydra_config=True)
+    if not parsed.multirun and config.hydra.mode != RunMode.MULTIRUN:
+        if swept:
+            raise ConfigError(f"{swept[0].input_line}: several values need a sweep; add -m")
+        return [plain_lines]
+    params = dict(config.hydra.sweeper.get("params") or {})
+    named = {override.get_key_element() for override in overrides}
+    lines = [f"{key}={value}" for key, value in params.items() if key not in named] + parsed.overrides
+    expanded = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(lines), max_batch_size=None)
+    return [list(job) for batch in expanded for job in batch]
+
+
+def _compose(overrides: list[str], hydra_config: bool = False) -> DictConfig:
+    try:
+        return compose("config", overrides=overrides, return_hydra_config=hydra_config)
+    except MissingConfigException as error:
+        raise ConfigError(_unknown_option(str(error))) from error
+    except (ConfigCompositionException, HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error, overrides)) from error
+    except AssertionError as error:
+        # OmegaConf asserts where an override goes into a group that is null.
+        keys = ", ".join(line.partition("=")[0] for line in overrides if "." in line.partition("=")[0])
+        raise ConfigError(f"{keys}: a group above one of these keys is null; choose the group's option first") from error
+
+
+def _unknown_option(message: str) -> str:
+    found = re.search(r"Could not find '([^']+)'", message)
+    # Below the options Hydra lists its search path in the same form.
+    listed = message.partition("Config search path")[0].splitlines()
+    options = [line.strip() for line in listed if line.startswith("\t")]
+    if not found:
+        return message.splitlines()[0]
+    group, _, option = found[1].rpartition("/")
+    known = ", ".join(name for name in options if not name.endswith("_schema"))
+    return f"{group}={option}: unknown; allowed: {known}" if known else f"{found[1]}: unknown config"
+
+
+def _explain(error: Exception, overrides: list[str]) -> str:
+    """One line out of Hydra's and OmegaConf's messages."""
+    message = str(error)
+    unknown = re.search(r"Could not override '([^']+)'", message)
+    if unknown:
+        return _unknown_key(unknown[1], overrides)
+    wrong_value = re.search(r"Error merging override (\S+)", message)
+    cause = str(error.__cause__ or error).strip().splitlines()[0]
+    if wrong_value:
+        return f"{wrong_value[1]}: {cause}"
+    missing_group = re.search(r"(?:Could not override|In '[^']+': Could not find) '?([^'\n]+)'?", message)
+    return f"{missing_group[1]}: {cause}" if missing_group else cause
+
+
+def _unknown_key(key: str, overrides: list[str]) -> str:
+    """Name the keys that stand beside the unknown one."""
+    key = key.partition("@")[0]
+    parent, _, leaf = key.rpartition(".")
+    choices = [line for line in overrides if "." not in line.partition("=")[0] and not line.startswith(key)]
+    try:
+        config = compose("config", overrides=choices)
+        siblings = OmegaConf.select(config, parent) if parent else config
+    except (HydraException, OmegaConfBaseException):
+        return f"{key}: unknown key"
+    if not isinstance(siblings, DictConfig):
+        return f"{key}: unknown key ({parent} is not a group of keys here)"
+    names = ", ".join(str(name) for name in siblings if name != "name") or "no keys"
+    name = siblings.get("name") if parent else None
+    where = f"{parent}={name} takes" if name else f"{parent} takes" if parent else "keys"
+    return f"{key}: unknown key; {where}: {names}"

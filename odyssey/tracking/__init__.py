@@ -1,0 +1,1 @@
+"""Tracking: what is sent to Weights & Biases once a cell has ended."""
