@@ -14,7 +14,6 @@ built elsewhere; `$FASTGEMM_NVCC` or `$CUDA_HOME` the compiler.
 import argparse
 import contextlib
 import fcntl
-import functools
 import hashlib
 import os
 import shutil
@@ -62,7 +61,6 @@ def find_nvcc() -> str:
     )
 
 
-@functools.cache
 def _nvcc_version(nvcc: str) -> str:
     result = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
     if result.returncode != 0:

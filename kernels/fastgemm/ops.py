@@ -206,7 +206,9 @@ def silu_mul_quant(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _require_tensors(**arguments: object) -> None:
-    # The dispatcher's own message for a non-tensor is a page long and names the schema, not the argument.
+    # The dispatcher's own message for such arguments is a page long and does not name them.
     for name, value in arguments.items():
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        if value.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")

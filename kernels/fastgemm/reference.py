@@ -1,6 +1,7 @@
 """Independent references of every operator in NumPy.
 
-Sums are int64, rounding is IEEE fp32 where it is defined, the rest is float64. They share no code with the operators and are written for clarity; the packing one is a loop over elements.
+Sums are int64, rounding is IEEE fp32 where it is defined, the rest is float64. They share no code with the
+operators and are written for clarity; the packing one is a loop over elements.
 """
 
 import numpy as np
@@ -34,7 +35,7 @@ def accumulate(x: np.ndarray, w: np.ndarray) -> np.ndarray:
 def scale_output(
     acc: np.ndarray, x_scale: np.ndarray, w_scale: np.ndarray, bias: np.ndarray | None = None
 ) -> np.ndarray:
-    """The GEMMs' epilogue: fp32(acc) * x_scale[m] * w_scale[n] + bias[n], each step rounded to fp32: [M, N]."""
+    """The GEMMs' epilogue, each step rounded to fp32: acc * x_scale[m] * w_scale[n] + bias[n], [M, N]."""
     y = acc.astype(np.float32) * x_scale.astype(np.float32)[:, None]
     y = y * w_scale.astype(np.float32)
     return y if bias is None else y + bias.astype(np.float32)

@@ -1,0 +1,203 @@
+"""Building and finding the library, with a stand-in compiler: locking, caching, errors."""
+
+import stat
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from fastgemm import build, library, spills
+
+# Other processes load the module by its path: importing the package would load torch in each of them.
+LOAD_BUILD = f"""
+import importlib.util
+spec = importlib.util.spec_from_file_location("build", {str(Path(build.__file__).resolve())!r})
+build = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(build)
+"""
+
+FAKE_NVCC = """\
+#!/usr/bin/env python3
+import os, sys, time
+if "--version" in sys.argv:
+    print("fake compiler 1.0")
+    sys.exit()
+with open(os.environ["FAKE_NVCC_LOG"], "a") as log:
+    log.write(" ".join(sys.argv[1:]) + "\\n")
+if os.environ.get("FAKE_NVCC_FAIL"):
+    sys.exit("error: this does not compile")
+time.sleep(0.05)
+with open(sys.argv[sys.argv.index("-o") + 1], "w") as out:
+    out.write("compiled")
+"""
+
+
+@pytest.fixture
+def fake_nvcc(tmp_path, monkeypatch):
+    path = tmp_path / "nvcc"
+    path.write_text(FAKE_NVCC)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    log = tmp_path / "log"
+    log.touch()
+    monkeypatch.setenv("FASTGEMM_NVCC", str(path))
+    monkeypatch.setenv("FAKE_NVCC_LOG", str(log))
+    monkeypatch.setenv("FASTGEMM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("FASTGEMM_LIBRARY", raising=False)
+    return log
+
+
+@pytest.fixture
+def no_nvcc(monkeypatch, tmp_path):
+    monkeypatch.delenv("FASTGEMM_NVCC", raising=False)
+    monkeypatch.delenv("FASTGEMM_LIBRARY", raising=False)
+    monkeypatch.setenv("FASTGEMM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(build.os, "access", lambda *a: False)
+
+
+def test_every_source_is_compiled_for_its_architectures_and_linked_once(fake_nvcc):
+    path = build.build(["sm_80", "sm_90a"])
+    lines = fake_nvcc.read_text().splitlines()
+    compiled = [line for line in lines if " -c " in line]
+    assert len(compiled) == len(build.sources(["sm_80", "sm_90a"]))
+    assert len(lines) == len(compiled) + 1
+    for line in compiled:
+        assert "code=sm_90a" in line
+        assert ("code=sm_80" in line) == ("csrc/sm90/" not in line)
+    assert path.read_text() == "compiled"
+    assert sorted(p.name for p in path.parent.iterdir()) == [build.LIBRARY_NAME, "lock"]
+
+
+def test_hopper_sources_are_left_out_without_sm_90a():
+    folders = {p.parent.name for p in build.sources(["sm_80", "sm_89"])}
+    assert "sm90" not in folders
+    assert "sm90_absent" in folders
+
+
+def test_a_second_build_compiles_nothing(fake_nvcc):
+    first = build.build(["sm_80"])
+    calls = fake_nvcc.read_text()
+    assert build.build(["sm_80"]) == first
+    assert fake_nvcc.read_text() == calls
+
+
+def test_the_cache_depends_on_sources_architectures_and_compiler(fake_nvcc, monkeypatch):
+    paths = {build.build(["sm_80"]), build.build(["sm_86"])}
+    monkeypatch.setattr(build, "_nvcc_version", lambda nvcc: "another version")
+    paths.add(build.build(["sm_80"]))
+    monkeypatch.setattr(build, "source_hash", lambda: "other")
+    paths.add(build.build(["sm_80"]))
+    assert len(paths) == 4
+
+
+def test_output_is_a_copy(fake_nvcc, tmp_path):
+    output = tmp_path / "lib.so"
+    assert build.build(["sm_80"], output) == output
+    assert output.read_text() == "compiled"
+
+
+def test_eight_processes_build_once(fake_nvcc):
+    code = LOAD_BUILD + "print(build.build(['sm_80']).read_text())"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(8)
+    ]
+    assert [p.communicate(timeout=240)[0].strip() for p in processes] == ["compiled"] * 8
+    links = [line for line in fake_nvcc.read_text().splitlines() if "-shared" in line]
+    assert len(links) == 1
+
+
+def test_a_killed_builder_leaves_no_lock_and_no_broken_library(fake_nvcc, tmp_path):
+    code = LOAD_BUILD + textwrap.dedent(
+        """
+        def hang(*a, **k):
+            print("building", flush=True)
+            import time; time.sleep(600)
+        build._compile_all = hang
+        build.build(["sm_80"])
+        """
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline().strip() == "building"
+    process.kill()
+    process.wait()
+    begin = time.monotonic()
+    assert build.build(["sm_80"]).read_text() == "compiled"
+    assert time.monotonic() - begin < 60
+
+
+def test_a_failed_compilation_says_so_and_leaves_nothing(fake_nvcc, monkeypatch):
+    monkeypatch.setenv("FAKE_NVCC_FAIL", "1")
+    with pytest.raises(build.BuildError, match="this does not compile"):
+        build.build(["sm_80"])
+    assert not list(build.cache_dir().rglob(build.LIBRARY_NAME))
+    assert build.main(["--arch", "sm_80"]) == build.EXIT_FAILED
+
+
+def test_unknown_architecture_is_refused(fake_nvcc):
+    with pytest.raises(build.BuildError, match=r"unknown architecture \['sm_75'\]"):
+        build.build(["sm_75"])
+
+
+def test_unwritable_cache_is_one_clear_error(fake_nvcc, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FASTGEMM_CACHE", str(tmp_path / "file"))
+    with pytest.raises(build.BuildError, match="FASTGEMM_CACHE"):
+        build.build(["sm_80"])
+
+
+def test_without_a_compiler_the_error_says_what_to_do(no_nvcc, capsys):
+    with pytest.raises(build.CompilerNotFoundError, match="FASTGEMM_LIBRARY"):
+        build.build()
+    assert build.main(["--check-spills"]) == build.EXIT_NO_COMPILER
+    assert capsys.readouterr().err.startswith("fastgemm.build: no nvcc found")
+
+
+def test_without_a_compiler_a_cached_library_is_used(fake_nvcc, monkeypatch):
+    monkeypatch.setattr(build, "native_architectures", lambda: ("sm_80",))
+    built = build.build(build.ARCHITECTURES)
+    monkeypatch.delenv("FASTGEMM_NVCC")
+    monkeypatch.setattr(build.os, "access", lambda *a: False)
+    assert build.find_or_build() == built
+
+
+def test_named_library_is_used_or_refused(monkeypatch, tmp_path):
+    path = tmp_path / "mine.so"
+    monkeypatch.setenv("FASTGEMM_LIBRARY", str(path))
+    with pytest.raises(build.BuildError, match="FASTGEMM_LIBRARY names"):
+        build.find_or_build()
+    path.write_text("no library")
+    assert build.find_or_build() == path
+    with pytest.raises(library.FastGemmError, match="cannot load the FastGEMM library"):
+        library.Library(str(path))
+
+
+def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.delenv("FASTGEMM_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert build.cache_dir() == tmp_path / "fastgemm"
+    monkeypatch.setenv("FASTGEMM_CACHE", str(tmp_path / "here"))
+    assert build.cache_dir() == tmp_path / "here"
+
+
+def test_assembler_report_is_read():
+    text = textwrap.dedent(
+        """
+        ptxas info    : (C7508) Potential Performance Loss: 'setmaxnreg' ignored to maintain minimum register
+        ptxas info    : Compiling entry function 'good' for 'sm_80'
+        ptxas info    : Function properties for good
+            0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+        ptxas info    : Used 40 registers, used 1 barriers
+        ptxas info    : Compiling entry function 'bad' for 'sm_90a'
+        ptxas info    : Function properties for bad
+            16 bytes stack frame, 12 bytes spill stores, 20 bytes spill loads
+        ptxas info    : Used 255 registers, 16 bytes cumulative stack size
+        """
+    )
+    kernels, warnings = spills.parse_report(text)
+    assert kernels == [
+        spills.KernelReport("good", "sm_80", 40, 0, 0, 0),
+        spills.KernelReport("bad", "sm_90a", 255, 16, 12, 20),
+    ]
+    assert len(warnings) == 1
