@@ -28,7 +28,7 @@ def project_root() -> Path:
 
 
 @pytest.fixture(scope="session")
-def test_data() -> Path:
+def evaluation_data() -> Path:
     """Directory with external models and evaluation data (ODYSSEY_TEST_DATA); skips where it is absent."""
     path = Path(os.environ.get("ODYSSEY_TEST_DATA", ROOT.parent / "shared"))
     if not (path / "data").is_dir():

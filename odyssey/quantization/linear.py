@@ -11,6 +11,8 @@ from odyssey.quantization.packing import unpack_values
 from odyssey.quantization.scheme import PER_CHANNEL, QuantizedWeight, QuantScheme
 
 BACKENDS = ("integer", "simulate")
+# FastGEMM takes output features in multiples of 16 and input features in multiples of 32.
+ROW_MULTIPLE, COLUMN_MULTIPLE = 16, 32
 
 
 class QuantizedLinear(nn.Module):
@@ -54,7 +56,8 @@ class QuantizedLinear(nn.Module):
         """The integers, whatever layout the layer holds them in."""
         values = self.values
         if values is None:
-            values = fastgemm.unpack(self.packed, self.out_features, self.in_features)
+            rows, columns = _padded(self.out_features, ROW_MULTIPLE), _padded(self.in_features, COLUMN_MULTIPLE)
+            values = fastgemm.unpack(self.packed, rows, columns)[: self.out_features, : self.in_features]
         return QuantizedWeight(values, self.scales, self.scheme, self.zeros)
 
     def dequantized(self) -> torch.Tensor:
@@ -71,7 +74,7 @@ class QuantizedLinear(nn.Module):
         """
         kernel_applies = self._uses_integers() and self.scheme.weight_bits <= 4 and self.scheme.group_size == PER_CHANNEL
         if self.packed is None and kernel_applies and self.scales.is_cuda:
-            self.packed = fastgemm.pack(self.values)
+            self.packed = fastgemm.pack(_pad_rows(_pad_columns(self.values)))
             self.values = None
         return self.packed is not None
 
@@ -88,11 +91,15 @@ class QuantizedLinear(nn.Module):
 
     def _integer_per_channel(self, tokens: torch.Tensor) -> torch.Tensor:
         quantized, token_scales = fastgemm.quantize_per_token(tokens.contiguous())
-        channel_scales = self.scales[:, 0].contiguous()
+        channel_scales = self.scales[:, 0]
         bias = None if self.bias is None else self.bias.to(tokens.dtype)
-        if tokens.is_cuda and self.pack_for_kernels():
-            return fastgemm.w4a8_gemm(quantized, token_scales, self.packed, channel_scales, bias, tokens.dtype)
-        return fastgemm.w8a8_gemm(quantized, token_scales, self.weight().values, channel_scales, bias, tokens.dtype)
+        if not (tokens.is_cuda and self.pack_for_kernels()):
+            return _w8a8(quantized, token_scales, self.weight().values, channel_scales, bias, tokens.dtype)
+        output = fastgemm.w4a8_gemm(
+            _pad_columns(quantized), token_scales, self.packed, _pad_rows(channel_scales),
+            None if bias is None else _pad_rows(bias), tokens.dtype,
+        )  # fmt: skip
+        return output[:, : self.out_features]
 
     def _integer_per_group(self, tokens: torch.Tensor) -> torch.Tensor:
         quantized, token_scales = fastgemm.quantize_per_token(tokens.contiguous())
@@ -101,10 +108,7 @@ class QuantizedLinear(nn.Module):
         ones = torch.ones_like(token_scales)
         for group, start in enumerate(range(0, self.in_features, size)):
             columns = slice(start, start + size)
-            output += fastgemm.w8a8_gemm(
-                quantized[:, columns].contiguous(), ones, values[:, columns].contiguous(),
-                self.scales[:, group].contiguous(), None, torch.float32,
-            )  # fmt: skip
+            output += _w8a8(quantized[:, columns], ones, values[:, columns], self.scales[:, group], None, torch.float32)
         output *= token_scales[:, None]
         if self.bias is not None:
             output += self.bias.float()
@@ -122,6 +126,31 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme.label}, backend={self.backend}"
+
+
+def _padded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _pad_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Zeros behind the first dimension up to the kernels' multiple; the tensor itself where nothing is missing."""
+    missing = _padded(tensor.shape[0], ROW_MULTIPLE) - tensor.shape[0]
+    padding = (0,) * (2 * tensor.dim() - 1) + (missing,)
+    return nn.functional.pad(tensor, padding) if missing else tensor.contiguous()
+
+
+def _pad_columns(tensor: torch.Tensor) -> torch.Tensor:
+    missing = _padded(tensor.shape[1], COLUMN_MULTIPLE) - tensor.shape[1]
+    return nn.functional.pad(tensor, (0, missing)) if missing else tensor.contiguous()
+
+
+def _w8a8(x, x_scale, values, scales, bias, dtype: torch.dtype) -> torch.Tensor:
+    """fastgemm.w8a8_gemm for any shape: layers of odd sizes are padded with zeros, which change no sum."""
+    output = fastgemm.w8a8_gemm(
+        _pad_columns(x), x_scale, _pad_rows(_pad_columns(values)), _pad_rows(scales),
+        None if bias is None else _pad_rows(bias), dtype,
+    )  # fmt: skip
+    return output[:, : values.shape[0]]
 
 
 def replace_linears(block: nn.Module, weights: dict[str, QuantizedWeight], backend: str = "integer") -> None:

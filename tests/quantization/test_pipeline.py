@@ -1,0 +1,229 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers.checkpoints import write_checkpoint
+from safetensors.torch import load_file
+
+import odyssey
+from baselines.rtn import RtnMethod, RtnSettings
+from odyssey.errors import InvalidCheckpointError, UnsupportedError
+from odyssey.methods import settings_dict
+from odyssey.models.load import load_model
+from odyssey.models.source import resolve_model
+from odyssey.quantization import activations
+from odyssey.quantization.checkpoint import MANIFEST_NAME, read_manifest, shard_name
+from odyssey.quantization.grid import dequantize, round_to_nearest
+from odyssey.quantization.pipeline import CalibrationTokens, quantize_checkpoint
+from odyssey.quantization.recipe import OdysseyMethod, OdysseySettings
+
+CPU = torch.device("cpu")
+LAYERS = 3
+
+
+def _settings():
+    settings = OdysseySettings()
+    settings.lwc.epochs = 2
+    return settings
+
+
+def _calibration(samples=4, seqlen=48):
+    tokens = torch.randint(256, (samples, seqlen), generator=torch.Generator().manual_seed(3))
+    return CalibrationTokens(tokens, {"dataset": "random"})
+
+
+def _quantize(source, output, method=None, settings=None, calibration=None):
+    settings = settings or _settings()
+    method = method or OdysseyMethod(settings)
+    return quantize_checkpoint(
+        source, method, settings_dict(settings), calibration or _calibration(), output, device=CPU, seed=5
+    )
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    directory = write_checkpoint(tmp_path_factory.mktemp("source"), layers=LAYERS, shard_size="200KB")
+    return resolve_model("random", path=str(directory))
+
+
+@pytest.fixture(scope="module")
+def finished(source, tmp_path_factory):
+    output = tmp_path_factory.mktemp("finished")
+    return output, _quantize(source, output)
+
+
+def _tensors(directory):
+    tensors = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        tensors.update(load_file(file))
+    return tensors
+
+
+def test_every_decoder_linear_is_quantized_and_nothing_else(finished, source):
+    output, report = finished
+    layers = report.manifest["layers"]
+    assert len(layers) == 7 * LAYERS
+    assert all(layer["weight_bits"] == 4 and layer["group_size"] == -1 for layer in layers.values())
+    tensors = _tensors(output)
+    model = load_model(source)
+    state = model.state_dict()
+    for name, tensor in tensors.items():
+        if ".weight_" not in name:
+            assert torch.equal(tensor.float(), state[name])
+    kept = {name for name in state if not any(name == f"{layer}.weight" for layer in layers)}
+    assert kept == {name for name in tensors if ".weight_" not in name}
+
+
+def test_size_counts_the_bits(finished):
+    output, report = finished
+    size = report.manifest["size"]
+    bits = 0
+    weights = 0
+    for name, tensor in _tensors(output).items():
+        if ".weight_" in name:
+            bits += 8 * tensor.numel() * tensor.element_size()
+        if name.endswith("weight_packed"):
+            weights += 2 * tensor.numel()
+    assert size["quantized_weights"] == weights
+    assert size["bits_per_weight"] == pytest.approx(bits / weights)
+    assert size["disk_bytes"] == sum(file.stat().st_size for file in output.glob("*.safetensors"))
+
+
+def test_loaded_model_computes_with_the_stored_integers(finished, source):
+    output, _ = finished
+    tokens = torch.randint(256, (2, 32), generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        integer = odyssey.load_quantized(output)(tokens).logits
+        simulated = odyssey.load_quantized(output, backend="simulate")(tokens).logits
+        unquantized = load_model(source)(tokens).logits
+    # A last-bit difference before a rounding to int8 moves one activation by one step, so the two differ by single
+    # int8 steps in places; both must be far closer to each other than to the unquantized model.
+    between = (integer - simulated).norm() / integer.norm()
+    from_source = (integer - unquantized).norm() / unquantized.norm()
+    assert between < 0.05 * from_source
+    assert 0 < from_source < 1
+
+
+def test_rtn_checkpoint_holds_the_rounded_weights(source, tmp_path):
+    settings = RtnSettings(bits=4)
+    quantize_checkpoint(source, RtnMethod(settings), settings_dict(settings), None, tmp_path, device=CPU)
+    model, original = odyssey.load_quantized(tmp_path), load_model(source)
+    for index in range(LAYERS):
+        layer = model.model.layers[index].mlp.up_proj
+        weight = original.model.layers[index].mlp.up_proj.weight
+        assert torch.equal(layer.dequantized(), dequantize(round_to_nearest(weight, settings_scheme(settings))))
+
+
+def settings_scheme(settings):
+    return RtnMethod(settings).scheme
+
+
+def test_a_second_call_does_nothing(finished, source):
+    output, _ = finished
+    before = {file: file.stat().st_mtime_ns for file in output.iterdir()}
+    report = _quantize(source, output)
+    assert report.resumed_blocks == LAYERS
+    assert {file: file.stat().st_mtime_ns for file in output.iterdir()} == before
+
+
+def test_another_job_is_not_taken_for_finished(finished, source, tmp_path):
+    output, _ = finished
+    for file in output.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    settings = _settings()
+    settings.lwc.epochs = 1
+    report = _quantize(source, tmp_path, settings=settings)
+    assert report.resumed_blocks == 0
+    assert read_manifest(tmp_path)["job"] != read_manifest(output)["job"]
+
+
+_KILLED_RUN = """
+import os, signal, sys
+from pathlib import Path
+sys.path[:0] = {paths!r}
+import test_pipeline as t
+from odyssey.models.source import resolve_model
+from odyssey.quantization.recipe import OdysseyMethod
+
+class Killed(OdysseyMethod):
+    blocks = 0
+    def quantize_block(self, block, calibration):
+        if self.blocks == {survive}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.blocks += 1
+        return super().quantize_block(block, calibration)
+
+t._quantize(resolve_model("random", path={source!r}), Path({output!r}), method=Killed(t._settings()))
+"""
+
+
+@pytest.mark.parametrize("survive", [0, 1, 2])
+def test_a_killed_run_resumes_with_identical_integers(finished, source, tmp_path, survive):
+    script = _KILLED_RUN.format(paths=sys.path, survive=survive, source=str(source.path), output=str(tmp_path))
+    killed = subprocess.run(
+        [sys.executable, "-c", script], cwd=os.path.dirname(__file__), capture_output=True, text=True, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / MANIFEST_NAME).exists()
+    report = _quantize(source, tmp_path)
+    assert report.resumed_blocks == survive
+    expected, resumed = _tensors(finished[0]), _tensors(tmp_path)
+    assert expected.keys() == resumed.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, resumed[name]), name
+
+
+def test_a_damaged_block_is_made_again(finished, source, tmp_path):
+    for file in finished[0].iterdir():
+        if file.name != MANIFEST_NAME:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    victim = tmp_path / shard_name(1)
+    victim.write_bytes(victim.read_bytes()[:-100])
+    assert _quantize(source, tmp_path).resumed_blocks == 1
+    expected, repaired = _tensors(finished[0]), _tensors(tmp_path)
+    assert all(torch.equal(tensor, repaired[name]) for name, tensor in expected.items())
+
+
+def test_activations_on_disk_give_the_same_integers(finished, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(activations, "MEMORY_SHARE", 0.0)
+    report = _quantize(source, tmp_path)
+    assert report.activations_on_disk
+    expected, spilled = _tensors(finished[0]), _tensors(tmp_path)
+    assert all(torch.equal(tensor, spilled[name]) for name, tensor in expected.items())
+    assert not (tmp_path / "targets").exists()
+
+
+def test_activation_store_round_trip(tmp_path):
+    for file in (None, tmp_path / "store"):
+        store = activations.ActivationStore(3, 4, 5, CPU, file)
+        samples = [torch.randn(1, 4, 5) for _ in range(3)]
+        for index in (2, 0, 1):
+            store[index] = samples[index]
+        store[1] = samples[1] * 2
+        assert torch.equal(store[0], samples[0])
+        assert torch.equal(store[1], samples[1] * 2)
+        assert len(list(store)) == 3
+        with pytest.raises(IndexError):
+            store[3]
+        with pytest.raises(ValueError, match="expected"):
+            store[0] = torch.zeros(1, 5, 5)
+        store.close()
+
+
+def test_load_errors_name_the_file(finished, tmp_path):
+    with pytest.raises(InvalidCheckpointError, match=MANIFEST_NAME):
+        odyssey.load_quantized(tmp_path)
+    for file in finished[0].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    manifest = json.loads((tmp_path / MANIFEST_NAME).read_text())
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps({**manifest, "format_version": 99}))
+    with pytest.raises(UnsupportedError, match="format version 99"):
+        odyssey.load_quantized(tmp_path)
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps(manifest))
+    (tmp_path / shard_name(2)).unlink()
+    with pytest.raises(InvalidCheckpointError, match=f"{shard_name(2)}: missing shard"):
+        odyssey.load_quantized(tmp_path)
