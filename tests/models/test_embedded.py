@@ -244,12 +244,13 @@ def test_diverged_training_is_reported(small_corpus):
         train(model, documents, [], validation, SMALL)
 
 
-def test_batches_come_from_docstrings_first_and_from_topics_last():
-    hp = Hyperparameters(**{**SMALL.__dict__, "max_steps": 200, "docstring_share": 1.0})
+def test_docstrings_give_way_to_topics():
+    shares = {"docstring_share": 1.0, "final_docstring_share": 0.2}
+    hp = Hyperparameters(**{**SMALL.__dict__, "max_steps": 200, **shares})
     batches = list(training_batches([[0] * 500, [0] * 500], [[1] * 5000], hp))
     assert all(batch.shape == (hp.batch_size, hp.window) for batch in batches)
-    shares = torch.stack([batch.float().mean() for batch in batches]).view(4, 50).mean(1)
-    assert shares.tolist() == pytest.approx([0.875, 0.625, 0.375, 0.125], abs=0.1)
+    measured = torch.stack([batch.float().mean() for batch in batches]).view(4, 50).mean(1)
+    assert measured.tolist() == pytest.approx([0.9, 0.7, 0.5, 0.3], abs=0.1)
 
 
 def test_batches_need_text():

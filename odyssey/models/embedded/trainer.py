@@ -31,11 +31,12 @@ class Hyperparameters:
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
-    max_position_embeddings: int = 2048
+    max_position_embeddings: int = 512
     window: int = 512
     batch_size: int = 4
-    max_steps: int = 1200
+    max_steps: int = 1100
     docstring_share: float = 0.9
+    final_docstring_share: float = 0.3
     warmup_steps: int = 50
     learning_rate: float = 3e-3
     final_learning_rate_ratio: float = 0.02
@@ -103,14 +104,15 @@ def training_batches(
 ) -> Iterator[torch.Tensor]:
     """`max_steps` batches [batch_size, window] of int64 ids, from tokenized topics and docstrings.
 
-    The probability that a window comes from the docstrings falls linearly from `docstring_share` to zero:
-    the plentiful text comes first, the text that is wanted last. Without docstrings all come from the topics.
+    The probability that a window comes from the docstrings goes linearly from `docstring_share` to
+    `final_docstring_share`: the plentiful text comes first, more of the text that is wanted last. Without
+    docstrings all windows come from the topics.
     """
     rng = random.Random(hp.seed)
     near = shuffled_windows(topics, hp.window, rng)
     far = shuffled_windows(docstrings, hp.window, rng) if docstrings else near
     for step in range(hp.max_steps):
-        share = hp.docstring_share * (1 - step / hp.max_steps)
+        share = hp.docstring_share + (hp.final_docstring_share - hp.docstring_share) * step / hp.max_steps
         yield torch.tensor([next(far if rng.random() < share else near) for _ in range(hp.batch_size)])
 
 
