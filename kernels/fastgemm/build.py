@@ -83,9 +83,7 @@ def native_architectures() -> tuple[str, ...]:
         major, minor = torch.cuda.get_device_capability(index)
         if major < 8:
             name = torch.cuda.get_device_name(index)
-            raise BuildError(
-                f"GPU {index} ({name}, sm_{major}{minor}) is too old: FastGEMM needs sm_80 or newer"
-            )
+            raise BuildError(f"GPU {index} ({name}, sm_{major}{minor}) is too old: FastGEMM needs sm_80 or newer")
         exact = {(8, 0): "sm_80", (8, 6): "sm_86", (8, 7): "sm_86", (8, 9): "sm_89", (9, 0): "sm_90a"}
         found.add(exact.get((major, minor), PORTABLE))
     return tuple(sorted(found))
@@ -221,9 +219,7 @@ def find_or_build() -> Path:
     except CompilerNotFoundError:
         for architectures in (native, ARCHITECTURES):
             if set(native) <= set(architectures):
-                for library in sorted(
-                    cache_dir().glob(_library_dir_name(architectures, "*") + "/" + LIBRARY_NAME)
-                ):
+                for library in sorted(cache_dir().glob(_library_dir_name(architectures, "*") + "/" + LIBRARY_NAME)):
                     return library
         raise
 
@@ -238,9 +234,7 @@ def _parse_architectures(text: str) -> tuple[str, ...]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code (0 done, 1 failed, 3 no nvcc)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fastgemm.build", description="Compile the FastGEMM kernels."
-    )
+    parser = argparse.ArgumentParser(prog="python -m fastgemm.build", description="Compile the FastGEMM kernels.")
     parser.add_argument(
         "--arch",
         default="all",

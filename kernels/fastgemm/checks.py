@@ -17,9 +17,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_tensor(
-    name: str, t: torch.Tensor, dtypes: tuple[torch.dtype, ...], dim: int, like: torch.Tensor
-) -> None:
+def check_tensor(name: str, t: torch.Tensor, dtypes: tuple[torch.dtype, ...], dim: int, like: torch.Tensor) -> None:
     """Check type, dtype, number of dimensions, strided layout, and that `t` is on the device of `like`."""
     if not isinstance(t, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
@@ -33,9 +31,7 @@ def check_tensor(
         raise ValueError(f"{name} is on {t.device} but the first argument is on {like.device}: move it there")
 
 
-def _check_vector(
-    name: str, t: torch.Tensor, dtypes: tuple[torch.dtype, ...], length: int, like: torch.Tensor
-) -> None:
+def _check_vector(name: str, t: torch.Tensor, dtypes: tuple[torch.dtype, ...], length: int, like: torch.Tensor) -> None:
     check_tensor(name, t, dtypes, 1, like)
     if t.shape[0] != length:
         raise ValueError(f"{name} must have shape [{length}], got {list(t.shape)}")
@@ -101,9 +97,7 @@ def check_quantize_per_token(x: torch.Tensor) -> None:
     _check_row_length("x", x.shape[1])
 
 
-def check_rms_norm_quant(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
-) -> None:
+def check_rms_norm_quant(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None) -> None:
     """Check the arguments of `fastgemm.rms_norm_quant`."""
     check_tensor("x", x, FLOAT_DTYPES, 2, x)
     _check_row_length("x", x.shape[1])
@@ -113,9 +107,7 @@ def check_rms_norm_quant(
     if residual is not None:
         check_tensor("residual", residual, (x.dtype,), 2, x)
         if residual.shape != x.shape:
-            raise ValueError(
-                f"residual must have the shape of x, {list(x.shape)}, got {list(residual.shape)}"
-            )
+            raise ValueError(f"residual must have the shape of x, {list(x.shape)}, got {list(residual.shape)}")
 
 
 def check_silu_mul_quant(gate_up: torch.Tensor) -> None:

@@ -29,9 +29,7 @@ def _aligned(t: torch.Tensor) -> torch.Tensor:
 
 def _require_aligned_weight(name: str, w: torch.Tensor) -> None:
     if w.data_ptr() % _ALIGNMENT != 0:
-        raise ValueError(
-            f"{name} must be {_ALIGNMENT}-byte aligned: call .clone() once, when the weight is made"
-        )
+        raise ValueError(f"{name} must be {_ALIGNMENT}-byte aligned: call .clone() once, when the weight is made")
 
 
 def _gemm(function, kind, x, x_scale, w, w_scale, bias, out_dtype, arch, n, k):
@@ -100,9 +98,7 @@ def quantize_per_token(x):
     q, scale = _quantized(x, k)
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream().cuda_stream
-        library.quantize_per_token(
-            x.data_ptr(), _DTYPE_CODES[x.dtype], q.data_ptr(), scale.data_ptr(), m, k, stream
-        )
+        library.quantize_per_token(x.data_ptr(), _DTYPE_CODES[x.dtype], q.data_ptr(), scale.data_ptr(), m, k, stream)
     return q, scale
 
 

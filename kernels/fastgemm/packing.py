@@ -91,20 +91,14 @@ def unpack(packed: torch.Tensor, n: int, k: int) -> torch.Tensor:
         ValueError: `n`, `k` are no weight size, or `packed` does not have their packed shape.
     """
     if not isinstance(packed, torch.Tensor) or packed.dtype != torch.uint8:
-        raise TypeError(
-            f"packed must be a uint8 tensor, got {getattr(packed, 'dtype', type(packed).__name__)}"
-        )
+        raise TypeError(f"packed must be a uint8 tensor, got {getattr(packed, 'dtype', type(packed).__name__)}")
     check_weight_size(n, k)
     row_tiles, column_tiles, _ = packed_shape(n, k)
     if tuple(packed.shape) != (row_tiles, column_tiles, TILE_BYTES):
         expected = [row_tiles, column_tiles, TILE_BYTES]
-        raise ValueError(
-            f"packed must have shape {expected} for an [{n}, {k}] weight, got {list(packed.shape)}"
-        )
+        raise ValueError(f"packed must have shape {expected} for an [{n}, {k}] weight, got {list(packed.shape)}")
     # Both nibbles as the high half of a byte; the arithmetic shift right restores value and sign.
     halves = torch.stack((packed & 0xF0, packed << 4)).view(torch.int8) >> 4
     fragments = halves.view(2, row_tiles, column_tiles, 4, 8, 4, 2, 2, 4)
-    weight = fragments.permute(1, 3, 0, 4, 2, 6, 7, 5, 8).reshape(
-        row_tiles * TILE_ROWS, column_tiles * TILE_COLUMNS
-    )
+    weight = fragments.permute(1, 3, 0, 4, 2, 6, 7, 5, 8).reshape(row_tiles * TILE_ROWS, column_tiles * TILE_COLUMNS)
     return weight[:n, :k].contiguous()

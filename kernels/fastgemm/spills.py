@@ -74,13 +74,9 @@ def check_spills(architectures: Sequence[str]) -> int:
             spilled = kernel.spill_stores + kernel.spill_loads
             problems += spilled > 0
             verdict = (
-                f"SPILLS {kernel.spill_stores} B stored, {kernel.spill_loads} B loaded"
-                if spilled
-                else "no spills"
+                f"SPILLS {kernel.spill_stores} B stored, {kernel.spill_loads} B loaded" if spilled else "no spills"
             )
-            print(
-                f"{kernel.arch:7} {kernel.registers:3} registers  {verdict:10}  {source.name}: {name[:120]}"
-            )
+            print(f"{kernel.arch:7} {kernel.registers:3} registers  {verdict:10}  {source.name}: {name[:120]}")
         for warning in warnings:
             problems += 1
             print(f"LOST OPTIMIZATION in {source.name}: {warning}")

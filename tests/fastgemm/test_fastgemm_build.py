@@ -100,9 +100,7 @@ def test_output_is_a_copy(fake_nvcc, tmp_path):
 
 def test_eight_processes_build_once(fake_nvcc):
     code = LOAD_BUILD + "print(build.build(['sm_80']).read_text())"
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(8)
-    ]
+    processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(8)]
     assert [p.communicate(timeout=240)[0].strip() for p in processes] == ["compiled"] * 8
     links = [line for line in fake_nvcc.read_text().splitlines() if "-shared" in line]
     assert len(links) == 1

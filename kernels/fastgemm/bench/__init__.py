@@ -1,0 +1,1 @@
+"""Benchmark of single matrix products: `python -m fastgemm.bench --help`."""

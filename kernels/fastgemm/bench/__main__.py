@@ -1,0 +1,146 @@
+"""Times matrix products of real layers on this machine's GPU.
+
+    python -m fastgemm.bench --shapes llama2-7b,llama2-70b,4096x4096 --m 1,16,64,256,1024,4096 \\
+        --against w8a8,cublas-fp16,int-mm --json result.json --plot result.png
+
+Every kernel's launches are captured in a CUDA graph whose weights rotate past the L2 cache; the kernels take turns,
+round by round; a row gives the median, the interquartile spread, the share of the limit (bytes at the measured read
+bandwidth, or operations at the stated rate, whichever takes longer) and the error against float64.
+"""
+
+import argparse
+import gc
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..library import FastGemmError
+from ..shapes import model_names, parse_shapes
+from .competitors import KERNELS, Kernel, UnavailableError, as_output, select
+from .device import Monitor, environment
+from .plot import draw
+from .problem import Activations, Weights, relative_error
+from .report import add_speedups, format_row, header, make_row, write_json
+from .timing import GraphTimer, read_bandwidth, run_interleaved, weight_copies
+
+EXIT_FAILED = 1
+EXIT_NO_GPU = 2
+EXIT_WRONG = 3
+
+
+def _prepare(kernel: Kernel, weights: Weights, l2_bytes: int) -> list[object]:
+    copies = weight_copies(weights.n * weights.k * kernel.stored_bits / 8, l2_bytes)
+    first = kernel.prepare(weights)
+    return [first] + [kernel.prepare(weights) for _ in range(copies - 1)]
+
+
+def _bench_size(
+    weights: Weights,
+    m: int,
+    prepared: list[tuple[Kernel, list[object]]],
+    rounds: int,
+    bandwidth: float,
+    monitor: Monitor,
+) -> list[dict]:
+    gpu = torch.cuda.get_device_name()
+    n, k = weights.n, weights.k
+    x = Activations(m, k)
+    rows, timed = [], []
+    for kernel, copies in prepared:
+        try:
+            y = as_output(kernel, kernel.multiply(copies[0], x), weights, x)
+            error = relative_error(y, weights, kernel.value_bits, x)
+            del y
+            timer = GraphTimer(lambda i, kernel=kernel, copies=copies: kernel.multiply(copies[i], x), len(copies))
+        except (RuntimeError, ValueError, TypeError, AssertionError) as failure:
+            if isinstance(failure, FastGemmError):
+                raise
+            reason = (str(failure) or type(failure).__name__).splitlines()[0]
+            rows.append({"n": n, "k": k, "m": m, "kernel": kernel.name, "unavailable": f"failed: {reason}"})
+            continue
+        timed.append((kernel, timer, error))
+    monitor.take()
+    run_interleaved([timer for _, timer, _ in timed], rounds, monitor.sample)
+    clocks = monitor.take()
+    for kernel, timer, error in timed:
+        row = make_row(kernel, n, k, m, timer.timing, error, bandwidth, gpu)
+        rows.append({**row, "clocks": clocks})
+    return rows
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the benchmark; returns the exit code."""
+    shapes = parse_shapes(options.shapes)
+    tokens = [int(m) for m in options.m.split(",")]
+    if min(tokens) < 1:
+        raise ValueError("--m takes positive numbers of tokens")
+    kernels = select(["fastgemm", *filter(None, options.against.split(","))])
+    monitor = Monitor()
+    facts = environment(monitor)
+    bandwidth = read_bandwidth()
+    facts["read_bandwidth_gb_per_s"] = bandwidth / 1e9
+    print(f"{facts['gpu']}, read bandwidth {bandwidth / 1e12:.2f} TB/s, commit {facts['git_commit']}")
+    print(header())
+    settings = {"shapes": options.shapes, "m": tokens, "kernels": [k.name for k in kernels], "rounds": options.rounds}
+
+    rows: list[dict] = []
+    for shape in shapes:
+        weights = Weights(shape.n, shape.k)
+        prepared, missing = [], []
+        for kernel in kernels:
+            try:
+                prepared.append((kernel, _prepare(kernel, weights, facts["l2_bytes"])))
+            except UnavailableError as reason:
+                missing.append((kernel.name, f"not available: {reason}"))
+            except FastGemmError:
+                raise
+            except Exception as failure:  # another library's failure is a row, not the end of the run
+                missing.append((kernel.name, f"failed to prepare: {str(failure).splitlines()[:1]}"))
+        for m in tokens:
+            found = _bench_size(weights, m, prepared, options.rounds, bandwidth, monitor)
+            found += [{"n": shape.n, "k": shape.k, "m": m, "kernel": n, "unavailable": why} for n, why in missing]
+            for row in found:
+                row.update(model=shape.model, layer=shape.layer)
+            add_speedups(found)
+            rows += found
+            print("\n".join(map(format_row, found)), flush=True)
+            if options.json:
+                write_json(options.json, facts, settings, rows)
+        del weights, prepared
+        gc.collect()
+        torch.cuda.empty_cache()
+    if options.plot:
+        draw({"environment": facts, "rows": rows}, options.plot)
+    wrong = [r for r in rows if "correct" in r and not r["correct"]]
+    if wrong:
+        print(f"fastgemm.bench: {len(wrong)} row(s) with a wrong result", file=sys.stderr)
+        return EXIT_WRONG
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code (0 done, 1 failed, 2 no GPU, 3 a kernel's result was wrong)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fastgemm.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", default="llama2-7b", help=f"NxK sizes and models: {', '.join(model_names())}")
+    parser.add_argument("--m", default="1,16,64,256,1024,4096", help="numbers of tokens")
+    parser.add_argument("--against", default="w8a8,cublas-fp16,int-mm", help=f"out of {', '.join(KERNELS)}")
+    parser.add_argument("--rounds", type=int, default=20, help="samples of each kernel")
+    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--plot", type=Path, help="draw the result here (.png, .pdf, .svg)")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("fastgemm.bench: needs an NVIDIA GPU, and this machine has none that torch can use", file=sys.stderr)
+        return EXIT_NO_GPU
+    try:
+        return run(options)
+    except (ValueError, FastGemmError) as error:
+        print(f"fastgemm.bench: {error}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""The benchmark's arithmetic, report and figure without a GPU; one small run with one."""
+
+import json
+
+import pytest
+import torch
+
+from fastgemm.bench import __main__ as bench
+from fastgemm.bench import competitors, device, plot, report, timing
+
+
+def test_without_a_gpu_it_says_so_in_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench.main(["--shapes", "4096x4096"]) == bench.EXIT_NO_GPU
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert "needs an NVIDIA GPU" in captured.err
+
+
+def test_weights_are_rotated_past_the_cache():
+    l2 = 50 * 2**20
+    for weight in (2**20, 8 * 2**20, 2**30):
+        copies = timing.weight_copies(weight, l2)
+        assert (copies - 1) * weight >= 2 * l2
+        assert (copies - 2) * weight < 2 * l2
+
+
+def test_median_and_spread():
+    t = timing.Timing(launches=1, copies=1, samples_us=[10.0, 12.0, 11.0, 30.0, 10.5])
+    assert t.median_us == 11.0
+    low, high = 10.25, 21.0
+    assert t.spread == pytest.approx((high - low) / 11.0)
+
+
+def test_limits_are_bytes_or_operations():
+    kernel = competitors.KERNELS["fastgemm"]
+    n, k = 4096, 4096
+    decode = report.limit_us(kernel, n, k, 1, 3e12, "NVIDIA H100 80GB HBM3")
+    assert decode == pytest.approx((n * k / 2 + n * 4 + k + n * 2) / 3e12 * 1e6)
+    prefill = report.limit_us(kernel, n, k, 4096, 3e12, "NVIDIA H100 80GB HBM3")
+    assert prefill == pytest.approx(2 * 4096 * n * k / 1979e12 * 1e6)
+    assert report.limit_us(kernel, n, k, 4096, 3e12, "Unknown") < prefill
+    assert device.stated_tops("NVIDIA H100 80GB HBM3", "fp16") == 989
+    assert device.stated_tops("NVIDIA A100-SXM4-80GB", "int8") == 624
+    assert device.stated_tops("NVIDIA L40S", "int8") == 733
+
+
+def rows():
+    found = []
+    for m in (1, 64):
+        for name, time in (("fastgemm", 5.0), ("cublas-fp16", 15.0 + m)):
+            t = timing.Timing(launches=20, copies=4, samples_us=[time, time + 0.5, time + 0.25, time + 0.1])
+            kernel = competitors.KERNELS[name]
+            found.append(report.make_row(kernel, 4096, 4096, m, t, 2e-4, 3e12, "NVIDIA H100"))
+    found.append({"n": 4096, "k": 4096, "m": 1, "kernel": "humming", "unavailable": "not available: not installed"})
+    report.add_speedups(found)
+    return found
+
+
+def test_rows_carry_the_speedup_over_fp16_of_the_same_size():
+    found = rows()
+    for row in found:
+        if row["kernel"] == "fastgemm":
+            base = next(r for r in found if r["kernel"] == "cublas-fp16" and r["m"] == row["m"])
+            assert row["speedup_over_fp16"] == pytest.approx(base["time_us"] / row["time_us"])
+    assert found[-1]["speedup_over_fp16"] is None
+    assert "not installed" in report.format_row(found[-1])
+    assert len(report.format_row(found[0])) == len(report.header())
+
+
+def test_a_wrong_result_is_marked():
+    t = timing.Timing(launches=1, copies=1, samples_us=[1.0])
+    for error in (0.1, float("nan")):
+        row = report.make_row(competitors.KERNELS["fastgemm"], 16, 32, 1, t, error, 1e12, "")
+        assert row["correct"] is False
+        assert report.format_row(row).endswith("WRONG")
+
+
+def test_json_and_figure(tmp_path):
+    path, figure = tmp_path / "out" / "result.json", tmp_path / "figure.png"
+    report.write_json(path, {"gpu": "NVIDIA H100", "git_commit": "abc"}, {"rounds": 4}, rows())
+    document = json.loads(path.read_text())
+    for row in document["rows"][:4]:
+        assert {"n", "k", "m", "kernel", "time_us", "speedup_over_fp16", "samples_us"} <= row.keys()
+    assert plot.main([str(path), str(figure)]) == 0
+    assert figure.stat().st_size > 10_000
+
+
+def test_unreadable_results_are_refused(tmp_path, capsys):
+    empty = tmp_path / "empty.json"
+    empty.write_text('{"rows": [], "environment": {}}')
+    assert plot.main([str(empty), str(tmp_path / "f.png")]) == 1
+    assert "no timed rows" in capsys.readouterr().err
+
+
+def test_unknown_kernels_are_refused():
+    with pytest.raises(ValueError, match="unknown kernel nothing"):
+        competitors.select(["fastgemm", "nothing"])
+    assert [k.name for k in competitors.select(["fastgemm"])] == ["fastgemm", "cublas-fp16"]
+
+
+@pytest.mark.gpu
+def test_small_run(tmp_path):
+    path = tmp_path / "result.json"
+    against = "w8a8,cublas-fp16,int-mm,w4a16,fastgemm-sm80"
+    arguments = ["--shapes", "512x1024", "--m", "1,40", "--rounds", "5", "--against", against]
+    assert bench.main([*arguments, "--json", str(path), "--plot", str(tmp_path / "f.png")]) == 0
+    document = json.loads(path.read_text())
+    assert len(document["rows"]) == 12
+    assert all(row["correct"] and row["time_us"] > 0 for row in document["rows"])
