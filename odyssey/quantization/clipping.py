@@ -138,9 +138,7 @@ def search_clipping(
     return best_ratio
 
 
-def _weighted_error(
-    error: torch.Tensor, objective: str, hessian: torch.Tensor | None, group_size: int
-) -> torch.Tensor:
+def _weighted_error(error: torch.Tensor, objective: str, hessian: torch.Tensor | None, group_size: int) -> torch.Tensor:
     if objective == "weight":
         return sum_groups(error.square(), group_size)
     if objective == "diagonal":
@@ -251,9 +249,7 @@ class LearnedClippingLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         scales = self.scales()
         if self.scheme.activation_bits == 8 and scales.shape[1] == 1:
-            return _LearnedInt8Linear.apply(
-                x, self.weight, scales, self.bias, self.scheme, self.tf32_gradients
-            )
+            return _LearnedInt8Linear.apply(x, self.weight, scales, self.bias, self.scheme, self.tf32_gradients)
         if self.scheme.activation_bits == 8:
             x = fake_quant_per_token(x)
         return functional.linear(x, fake_quant_weight(self.weight, scales, self.scheme), self.bias)
@@ -311,14 +307,10 @@ def learn_clipping(
                     step += 1
                 losses.append(_evaluate(block, calibration, inputs, targets, evaluated))
                 if not math.isfinite(losses[-1]):
-                    raise ValueError(
-                        f"learned weight clipping: the block's loss is {losses[-1]} in epoch {epoch}"
-                    )
+                    raise ValueError(f"learned weight clipping: the block's loss is {losses[-1]} in epoch {epoch}")
                 if losses[-1] < losses[best_epoch]:
                     best, best_epoch = [p.detach().clone() for p in parameters], epoch
-                calibration.report(
-                    f"lwc {epoch}/{settings.epochs}, mse {losses[0]:.3g} -> {losses[best_epoch]:.3g}"
-                )
+                calibration.report(f"lwc {epoch}/{settings.epochs}, mse {losses[0]:.3g} -> {losses[best_epoch]:.3g}")
             with torch.no_grad():
                 for parameter, value in zip(parameters, best, strict=True):
                     parameter.copy_(value)
@@ -344,9 +336,7 @@ def _learnable_modules(
         logits: torch.Tensor | float = settings.initial_logit
         if settings.initialization == "search":
             logits = torch.logit(ratios[name].clamp(max=LARGEST_INITIAL_RATIO))
-        modules[name] = LearnedClippingLinear(
-            linear.weight, linear.bias, scheme, logits, settings.tf32_gradients
-        )
+        modules[name] = LearnedClippingLinear(linear.weight, linear.bias, scheme, logits, settings.tf32_gradients)
     return modules
 
 

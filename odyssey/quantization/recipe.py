@@ -107,9 +107,7 @@ class OdysseyMethod:
             weights = self._compensate(block, calibration, scales, metrics)
         else:
             weights = {
-                name: round_to_nearest(
-                    block.get_submodule(name).weight.detach(), self.scheme, scales.get(name)
-                )
+                name: round_to_nearest(block.get_submodule(name).weight.detach(), self.scheme, scales.get(name))
                 for name in names
             }
         metrics["step_seconds"]["compensation"] = time.perf_counter() - started
@@ -138,15 +136,11 @@ class OdysseyMethod:
         metrics["lwc"] = {"losses": result.losses, "best_epoch": result.best_epoch}
         return result.scales
 
-    def _search(
-        self, block: nn.Module, calibration: BlockCalibration, names: list[str]
-    ) -> dict[str, torch.Tensor]:
+    def _search(self, block: nn.Module, calibration: BlockCalibration, names: list[str]) -> dict[str, torch.Tensor]:
         hessians: dict[str, torch.Tensor] = {}
         if self.settings.search.objective != "weight":
             firsts = [group[0] for group in calibration.linear_groups]
-            found = collect_hessians(
-                block, firsts, calibration.forward, calibration.inputs, self._quantized_inputs
-            )
+            found = collect_hessians(block, firsts, calibration.forward, calibration.inputs, self._quantized_inputs)
             hessians = {name: found[group[0]] for group in calibration.linear_groups for name in group}
         return {
             name: search_clipping(
