@@ -1,4 +1,8 @@
-"""Run one cell, or with -m a sweep: `python run.py method=odyssey model=llama2-7b`, `python run.py -m experiment=quickstart`."""
+"""Run one cell, or with -m a sweep.
+
+    python run.py method=odyssey model=llama2-7b
+    python run.py -m experiment=quickstart
+"""
 
 from __future__ import annotations
 

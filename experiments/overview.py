@@ -54,7 +54,10 @@ def _describe(method: dict) -> str:
     name = method_name(method["name"])
     if method["name"] != "odyssey":
         return name
-    steps = [{"learned": "LWC", "search": "clip search"}.get(method["clipping"]), {"gptq": "GPTQ"}.get(method["compensation"])]
+    steps = [
+        {"learned": "LWC", "search": "clip search"}.get(method["clipping"]),
+        {"gptq": "GPTQ"}.get(method["compensation"]),
+    ]
     kept = [step for step in steps if step]
     return name if kept == ["LWC", "GPTQ"] else f"{name} ({' + '.join(kept) or 'vanilla'})"
 
@@ -95,7 +98,9 @@ def print_overview(frame: pd.DataFrame, console: Console | None = None) -> None:
 def overview_markdown(frame: pd.DataFrame) -> str:
     columns = shown_columns(frame)
     lines = ["| " + " | ".join(_HEADINGS.get(column, column) for column in columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(format_cell(column, row[column]) for column in columns) + " |" for _, row in frame.iterrows()]
+    lines += [
+        "| " + " | ".join(format_cell(column, row[column]) for column in columns) + " |" for _, row in frame.iterrows()
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -109,6 +114,8 @@ def plot_overview(frame: pd.DataFrame, path: Path) -> bool:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    # Text stays text in the SVG: searchable, and readable without the font's outlines.
+    plt.rcParams["svg.fonttype"] = "none"
     usable = frame[frame["perplexity"].notna() & frame["size_mb"].notna()]
     if usable.empty:
         return False

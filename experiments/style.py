@@ -1,9 +1,16 @@
-"""How methods look in every table and figure: order (the paper's), name, colour (Okabe-Ito, safe for colour blindness)."""
+"""How methods look in every table and figure: order, name, colour (Okabe-Ito, safe for colour blindness)."""
 
 from __future__ import annotations
 
 METHOD_ORDER = ("fp16", "rtn", "awq", "gptq", "smoothquant", "odyssey")
-_NAMES = {"fp16": "FP16", "rtn": "RTN", "awq": "AWQ", "gptq": "GPTQ", "smoothquant": "SmoothQuant", "odyssey": "OdysseyLLM"}
+_NAMES = {
+    "fp16": "FP16",
+    "rtn": "RTN",
+    "awq": "AWQ",
+    "gptq": "GPTQ",
+    "smoothquant": "SmoothQuant",
+    "odyssey": "OdysseyLLM",
+}
 _COLOURS = {
     "fp16": "#000000",
     "rtn": "#E69F00",

@@ -54,5 +54,7 @@ class SweepSummary(Callback):
             print(f"plot:  {sweep_dir / 'overview.png'}  (overview.svg beside it)")
         failed = [record for record in records if record["outcome"] != OK]
         if failed:
-            print(f"{len(failed)} of {len(records)} cells did not end ok; their reasons are in the table and in cell.log")
+            print(
+                f"{len(failed)} of {len(records)} cells did not end ok; their reasons are in the table and in cell.log"
+            )
         _exit_code = 1 if failed else 0

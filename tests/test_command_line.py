@@ -134,7 +134,9 @@ def test_a_cell_from_start_to_record_and_again(project_root, workspace):
 
 def test_a_sweep_goes_on_after_a_failure_and_says_so(project_root, workspace):
     arguments = _arguments(workspace, f"model.path={workspace / 'model'},{workspace / 'absent'}", "method=fp16,rtn")
-    sweep = _run(project_root, "-m", *[argument for argument in arguments if argument != f"model.path={workspace / 'model'}"])
+    sweep = _run(
+        project_root, "-m", *[argument for argument in arguments if argument != f"model.path={workspace / 'model'}"]
+    )
     assert sweep.returncode == 1
     outcomes = {}
     for file in (workspace / "out").glob("*/*/record.json"):

@@ -8,7 +8,13 @@ from odyssey.quantization.packing import pack_values, unpack_values
 
 
 @settings(max_examples=60, deadline=None)
-@given(rows=st.integers(1, 9), columns=st.integers(1, 33), bits=st.integers(2, 8), signed=st.booleans(), seed=st.integers(0, 99))
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 33),
+    bits=st.integers(2, 8),
+    signed=st.booleans(),
+    seed=st.integers(0, 99),
+)
 def test_round_trip(rows, columns, bits, signed, seed):
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1)) if signed else (0, 2**bits)
     drawn = np.random.default_rng(seed).integers(low, high, (rows, columns))
