@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import resource
 import sys
 import time
 import traceback
@@ -44,7 +43,9 @@ class Cell:
         except OdysseyError as error:
             self._fail(error.outcome, str(error))
         except MemoryError:
-            self._fail("oom", "host memory exhausted; use a smaller model, fewer calibration samples or a larger machine")
+            self._fail(
+                "oom", "host memory exhausted; use a smaller model, fewer calibration samples or a larger machine"
+            )
         except Exception as error:
             traceback.print_exc()
             if type(error).__name__ == "OutOfMemoryError":
@@ -231,7 +232,9 @@ def _remove(directory: Path) -> None:
 
 
 def _memory_peaks() -> dict:
-    peaks = {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "peak_cuda_bytes": None}
+    from odyssey.environment import peak_rss_bytes
+
+    peaks = {"peak_rss_bytes": peak_rss_bytes(), "peak_cuda_bytes": None}
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         peaks["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()

@@ -5,13 +5,24 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import resource
 import socket
 import subprocess
 from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "transformers", "safetensors", "hydra-core", "lm-eval", "datasets", "tokenizers", "numpy", "triton")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "hydra-core",
+    "lm-eval",
+    "datasets",
+    "tokenizers",
+    "numpy",
+    "triton",
+)
 
 
 def describe() -> dict:
@@ -40,6 +51,20 @@ def git_commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         # A copied tree carries its commit in this variable.
         return os.environ.get("ODYSSEY_GIT_COMMIT")
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process since it was started.
+
+    VmHWM where there is one: getrusage's figure also counts what the parent held when it forked.
+    """
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _git(root: Path, *arguments: str) -> str:

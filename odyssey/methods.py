@@ -21,7 +21,9 @@ def settings_class(name: str) -> type:
     """The method's settings dataclass with a `name` field in front: the typed schema of the `method` config group."""
     module, settings, _ = METHODS[name]
     base = getattr(importlib.import_module(module), settings)
-    return dataclasses.make_dataclass(f"{settings}Config", [("name", str, dataclasses.field(default=name))], bases=(base,))
+    return dataclasses.make_dataclass(
+        f"{settings}Config", [("name", str, dataclasses.field(default=name))], bases=(base,)
+    )
 
 
 def build_method(name: str, settings: Any):

@@ -1,7 +1,7 @@
 """Checks the command line before any work starts, and says in one line what is wrong with it.
 
-Hydra's own messages spread over several lines, and in a sweep they come when earlier jobs have run for hours; here every
-job of the sweep is composed and validated first.
+Hydra's own messages spread over several lines, and in a sweep they come when earlier jobs have run for hours; here
+every job of the sweep is composed and validated first.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from odyssey.errors import ConfigError
 
 
 def check_command_line(arguments: list[str], config_dir: Path) -> None:
-    """Compose and validate every job that the arguments ask for. Raises ConfigError naming the key and what it may be."""
+    """Compose and validate every job that the arguments ask for. Raises ConfigError naming the key."""
     parsed = get_args_parser().parse_args(arguments)
     if parsed.help or parsed.hydra_help or parsed.cfg or parsed.info or parsed.shell_completion:
         return
@@ -63,7 +63,9 @@ def _compose(overrides: list[str], hydra_config: bool = False) -> DictConfig:
     except AssertionError as error:
         # OmegaConf asserts where an override goes into a group that is null.
         keys = ", ".join(line.partition("=")[0] for line in overrides if "." in line.partition("=")[0])
-        raise ConfigError(f"{keys}: a group above one of these keys is null; choose the group's option first") from error
+        raise ConfigError(
+            f"{keys}: a group above one of these keys is null; choose the group's option first"
+        ) from error
 
 
 def _unknown_option(message: str) -> str:
@@ -95,7 +97,7 @@ def _explain(error: Exception, overrides: list[str]) -> str:
 def _unknown_key(key: str, overrides: list[str]) -> str:
     """Name the keys that stand beside the unknown one."""
     key = key.partition("@")[0]
-    parent, _, leaf = key.rpartition(".")
+    parent, _, _leaf = key.rpartition(".")
     choices = [line for line in overrides if "." not in line.partition("=")[0] and not line.startswith(key)]
     try:
         config = compose("config", overrides=choices)

@@ -21,7 +21,7 @@ def _terminal():
         return sys.stdout
     if os.environ.get("ODYSSEY_PROGRESS") == "terminal":
         try:
-            return open("/dev/tty", "w")  # noqa: SIM115 (open as long as the bar)
+            return open("/dev/tty", "w")
         except OSError:
             return None
     return None
@@ -63,7 +63,9 @@ class _LogTask(Task):
         self._printed = now
         elapsed = now - self._started
         eta = f", ETA {elapsed / self._done * (self._total - self._done):.0f} s" if self._done else ""
-        print(f"{self._title}: {self._done}/{self._total} after {elapsed:.0f} s{eta} {self._status}".rstrip(), flush=True)
+        print(
+            f"{self._title}: {self._done}/{self._total} after {elapsed:.0f} s{eta} {self._status}".rstrip(), flush=True
+        )
 
     def advance(self, steps: int = 1) -> None:
         self._done += steps

@@ -1,7 +1,7 @@
 """Perplexity by the protocol of the GPTQ and SmoothQuant papers.
 
-The corpus is joined and tokenized once (BOS only at the start), cut into floor(T / window) windows, the tail is dropped,
-and the perplexity is exp of the mean over windows of the mean cross-entropy of a window's `window - 1` targets.
+The corpus is joined and tokenized once (BOS only at the start), cut into floor(T / window) windows, the tail is
+dropped, and the perplexity is exp of the mean over windows of the mean cross-entropy of their `window - 1` targets.
 """
 
 from __future__ import annotations

@@ -42,13 +42,16 @@ def _from_stream(corpus: Corpus, tokenizer, num_samples: int, seqlen: int, gener
     stream = torch.tensor(tokenizer(corpus.joined(), verbose=False).input_ids)
     if len(stream) < seqlen:
         raise MissingDataError(
-            f"calibration: {corpus.origin} has {len(stream)} tokens, fewer than calibration.seqlen={seqlen}; use a longer text"
+            f"calibration: {corpus.origin} has {len(stream)} tokens, fewer than calibration.seqlen={seqlen}; "
+            "use a longer text"
         )
     starts = [_draw(len(stream) - seqlen + 1, generator) for _ in range(num_samples)]
     return torch.stack([stream[start : start + seqlen] for start in starts])
 
 
-def _from_documents(corpus: Corpus, tokenizer, num_samples: int, seqlen: int, generator: torch.Generator) -> torch.Tensor:
+def _from_documents(
+    corpus: Corpus, tokenizer, num_samples: int, seqlen: int, generator: torch.Generator
+) -> torch.Tensor:
     windows: list[torch.Tensor] = []
     order = torch.randperm(len(corpus.documents), generator=generator).tolist()
     for position in order:

@@ -93,7 +93,9 @@ def _wikitext2(split: str, root: str | None) -> Corpus:
             file = Path(root).expanduser() / folder / f"wiki.{split}.raw"
             if file.is_file():
                 return Corpus("wikitext2", wikitext_rows(file.read_text(encoding="utf-8")), file.name)
-    rows = _from_hub("Salesforce/wikitext", "wikitext2", root, f"wikitext2/wiki.{split}.raw", name="wikitext-2-raw-v1", split=split)
+    rows = _from_hub(
+        "Salesforce/wikitext", "wikitext2", root, f"wikitext2/wiki.{split}.raw", name="wikitext-2-raw-v1", split=split
+    )
     return Corpus("wikitext2", rows, "hub:Salesforce/wikitext/wikitext-2-raw-v1")
 
 
@@ -101,7 +103,9 @@ def _c4(split: str, root: str | None) -> Corpus:
     marker, shard = ("train", _C4_TRAIN) if split == "train" else ("val", _C4_VALIDATION)
     if root:
         folder = Path(root).expanduser() / "c4"
-        files = sorted(file for file in folder.glob("*") if marker in file.name and file.name.endswith(_DOCUMENT_SUFFIXES))
+        files = sorted(
+            file for file in folder.glob("*") if marker in file.name and file.name.endswith(_DOCUMENT_SUFFIXES)
+        )
         if files:
             return Corpus("c4", list(_documents(files[0])), files[0].name)
     documents = _from_hub("allenai/c4", "c4", root, f"c4/{Path(shard).name}", data_files={split: shard}, split=split)
@@ -116,5 +120,6 @@ def _from_hub(hub_id: str, dataset: str, root: str | None, local_name: str, **ar
     except Exception as error:  # datasets raises a different class for every way a download can fail
         where = f"{root}/{local_name}" if root else f"DIR/{local_name} with data.root=DIR"
         raise MissingDataError(
-            f"{dataset}: the hub's {hub_id} cannot be read ({type(error).__name__}); put a copy at {where}, or name a file"
+            f"{dataset}: the hub's {hub_id} cannot be read ({type(error).__name__}); put a copy at {where}, "
+            "or name a file"
         ) from error

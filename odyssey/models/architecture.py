@@ -46,7 +46,7 @@ class LlamaFamily:
 
     @classmethod
     def from_directory(cls, directory: Path) -> LlamaFamily:
-        """Read config.json. Raises UnsupportedError for another architecture, InvalidCheckpointError for a damaged file."""
+        """Read config.json. Raises UnsupportedError for another architecture, InvalidCheckpointError if damaged."""
         try:
             config = AutoConfig.from_pretrained(directory)
         except (OSError, ValueError, KeyError) as error:
@@ -58,7 +58,9 @@ class LlamaFamily:
                 f"supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
             )
         if getattr(config, "quantization_config", None) is not None:
-            raise UnsupportedError(f"{directory / 'config.json'}: the checkpoint is already quantized; give the original weights")
+            raise UnsupportedError(
+                f"{directory / 'config.json'}: the checkpoint is already quantized; give the original weights"
+            )
         return cls(config)
 
     @property

@@ -28,7 +28,8 @@ def load_model(source: ModelSource, device: str | torch.device = "cpu", dtype: t
         tensor = reader.read(name)
         if tensor.shape != parameter.shape:
             raise InvalidCheckpointError(
-                f"{source.path}: tensor {name} has shape {tuple(tensor.shape)}, config.json asks for {tuple(parameter.shape)}"
+                f"{source.path}: tensor {name} has shape {tuple(tensor.shape)}, "
+                f"config.json asks for {tuple(parameter.shape)}"
             )
         target = dtype or (torch.float32 if device.type == "cpu" else tensor.dtype)
         owner_name, _, leaf = name.rpartition(".")
@@ -46,4 +47,6 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(source.path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InvalidCheckpointError(f"{source.path}: no usable tokenizer ({first_line}); add tokenizer.json") from error
+        raise InvalidCheckpointError(
+            f"{source.path}: no usable tokenizer ({first_line}); add tokenizer.json"
+        ) from error

@@ -29,7 +29,9 @@ class ModelSource:
     fingerprint: str
 
 
-def resolve_model(name: str, *, hub_id: str | None = None, path: str | None = None, revision: str = "main") -> ModelSource:
+def resolve_model(
+    name: str, *, hub_id: str | None = None, path: str | None = None, revision: str = "main"
+) -> ModelSource:
     """Find (and for a hub id download) a checkpoint.
 
     Raises MissingModelError, GatedModelError or InvalidCheckpointError, each with what to do.
@@ -37,7 +39,9 @@ def resolve_model(name: str, *, hub_id: str | None = None, path: str | None = No
     if path is not None:
         directory = Path(path).expanduser().resolve()
         if not directory.is_dir():
-            raise MissingModelError(f"model.path={path}: no such directory; give a directory with config.json and *.safetensors")
+            raise MissingModelError(
+                f"model.path={path}: no such directory; give a directory with config.json and *.safetensors"
+            )
         return ModelSource(name, directory, "local", checkpoint_fingerprint(directory))
     if name == "tiny":
         from odyssey.models.embedded import TINY_PATH
@@ -80,8 +84,12 @@ def _download(hub_id: str, revision: str) -> Path:
         ) from error
     except (HfHubHTTPError, OSError) as error:
         if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
-            raise GatedModelError(f"model.hub_id={hub_id}: access refused; check HF_TOKEN and the model's licence") from error
-        raise MissingModelError(f"model.hub_id={hub_id}: download failed ({type(error).__name__}); retry, or give model.path=DIR") from error
+            raise GatedModelError(
+                f"model.hub_id={hub_id}: access refused; check HF_TOKEN and the model's licence"
+            ) from error
+        raise MissingModelError(
+            f"model.hub_id={hub_id}: download failed ({type(error).__name__}); retry, or give model.path=DIR"
+        ) from error
 
 
 def checkpoint_fingerprint(directory: Path) -> str:

@@ -19,7 +19,9 @@ class ActivationStore(Sequence):
     With `file` the samples live in that file (plain float32, sample after sample) and only one is in memory at a time.
     """
 
-    def __init__(self, count: int, seqlen: int, hidden_size: int, device: torch.device, file: Path | None = None) -> None:
+    def __init__(
+        self, count: int, seqlen: int, hidden_size: int, device: torch.device, file: Path | None = None
+    ) -> None:
         self.shape = (1, seqlen, hidden_size)
         self.device = device
         self._sample_bytes = 4 * seqlen * hidden_size

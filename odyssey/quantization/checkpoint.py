@@ -115,7 +115,11 @@ class CheckpointWriter:
 
     def finish(self, reader: CheckpointReader, architecture: LlamaFamily, manifest: dict) -> dict:
         """Write everything that is no block, the index, and last of all the manifest, which makes it complete."""
-        rest = {name: reader.read(name) for name in (architecture.embedding_name, *architecture.final_names) if name in reader}
+        rest = {
+            name: reader.read(name)
+            for name in (architecture.embedding_name, *architecture.final_names)
+            if name in reader
+        }
         self._save(rest, REST_NAME, {})
         for pattern in _COPIED:
             for file in reader.directory.glob(pattern):
@@ -127,7 +131,9 @@ class CheckpointWriter:
                 weight_map.update(dict.fromkeys(file.keys(), shard))
                 metadata = file.metadata()
             if "layers" in metadata:
-                layers.update({metadata["prefix"] + name: layer for name, layer in json.loads(metadata["layers"]).items()})
+                layers.update(
+                    {metadata["prefix"] + name: layer for name, layer in json.loads(metadata["layers"]).items()}
+                )
                 metrics.append(json.loads(metadata["metrics"]))
         total = sum((self.directory / shard).stat().st_size for shard in shards)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -153,7 +159,9 @@ def _write_json(path: Path, content: dict) -> None:
 
 def _read_weight(get, names: set[str] | CheckpointReader, name: str, layer: dict) -> QuantizedWeight:
     scheme = QuantScheme(**{key: layer[key] for key in ("weight_bits", "group_size", "symmetric", "activation_bits")})
-    values = unpack_values(get(f"{name}.weight_packed"), scheme.weight_bits, layer["in_features"], signed=scheme.symmetric)
+    values = unpack_values(
+        get(f"{name}.weight_packed"), scheme.weight_bits, layer["in_features"], signed=scheme.symmetric
+    )
     zeros = get(f"{name}.weight_zero") if f"{name}.weight_zero" in names else None
     return QuantizedWeight(values, get(f"{name}.weight_scale"), scheme, zeros)
 
@@ -185,7 +193,9 @@ def read_manifest(directory: str | Path) -> dict:
         raise InvalidCheckpointError(f"{directory}: no {MANIFEST_NAME}; not a finished quantized checkpoint")
     manifest = json.loads(path.read_text())
     if manifest.get("format_version") != FORMAT_VERSION:
-        raise UnsupportedError(f"{path}: format version {manifest.get('format_version')}, this release reads {FORMAT_VERSION}")
+        raise UnsupportedError(
+            f"{path}: format version {manifest.get('format_version')}, this release reads {FORMAT_VERSION}"
+        )
     return manifest
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import fastgemm
 import torch
 from torch import nn
 
+import fastgemm
 from odyssey.quantization.grid import dequantize, quantize_activation_per_token
 from odyssey.quantization.packing import unpack_values
 from odyssey.quantization.scheme import PER_CHANNEL, QuantizedWeight, QuantScheme
@@ -72,7 +72,9 @@ class QuantizedLinear(nn.Module):
 
         Returns whether the layer is packed; calling it again changes nothing.
         """
-        kernel_applies = self._uses_integers() and self.scheme.weight_bits <= 4 and self.scheme.group_size == PER_CHANNEL
+        kernel_applies = (
+            self._uses_integers() and self.scheme.weight_bits <= 4 and self.scheme.group_size == PER_CHANNEL
+        )
         if self.packed is None and kernel_applies and self.scales.is_cuda:
             self.packed = fastgemm.pack(_pad_rows(_pad_columns(self.values)))
             self.values = None

@@ -151,7 +151,9 @@ def quantize_checkpoint(
             else:
                 result = _quantize_block(architecture, method, block, chains, forward, device, seed, task.report)
                 result.metrics["seconds"] = time.monotonic() - block_started
-                writer.write_block(index, architecture.block_prefix(index), result, _kept(architecture, reader, index, result))
+                writer.write_block(
+                    index, architecture.block_prefix(index), result, _kept(architecture, reader, index, result)
+                )
             if chains is not None and index + 1 < architecture.num_blocks:
                 chains.advance(_install(architecture, reader, index, result, device), forward)
             report.block_seconds.append(time.monotonic() - block_started)
@@ -172,7 +174,14 @@ def quantize_checkpoint(
 
 
 def _quantize_block(
-    architecture: LlamaFamily, method: Method, block: nn.Module, chains: _Chains | None, forward, device, seed: int, report
+    architecture: LlamaFamily,
+    method: Method,
+    block: nn.Module,
+    chains: _Chains | None,
+    forward,
+    device,
+    seed: int,
+    report,
 ) -> BlockResult:
     if chains is None:
         return method.quantize_block(block, None)
@@ -190,7 +199,9 @@ def _quantize_block(
     return method.quantize_block(block, calibration)
 
 
-def _kept(architecture: LlamaFamily, reader: CheckpointReader, index: int, result: BlockResult) -> dict[str, torch.Tensor]:
+def _kept(
+    architecture: LlamaFamily, reader: CheckpointReader, index: int, result: BlockResult
+) -> dict[str, torch.Tensor]:
     """Tensors of the block that stay as they are: norms, biases, linear layers that the method left out."""
     prefix = architecture.block_prefix(index)
     replaced = {f"{prefix}{name}.weight" for name in result.weights}

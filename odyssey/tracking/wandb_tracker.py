@@ -1,4 +1,4 @@
-"""A finished cell as a Weights & Biases run: config, scalars, the record and the checkpoint's manifest as an artifact."""
+"""A finished cell as a Weights & Biases run: config, scalars, and an artifact with the record and the manifest."""
 
 from __future__ import annotations
 
