@@ -20,13 +20,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from odyssey.quantization.fake_quant import fake_quant_per_token, fake_quant_weight, swapped_modules
+from odyssey.quantization.fake_quant import (
+    fake_quant_per_token,
+    fake_quant_weight,
+    int8_linear,
+    swapped_modules,
+)
 from odyssey.quantization.grid import (
     group_range,
     minmax_grid,
     per_column,
-    quantize_activation_per_token,
     quantize_weight,
     sum_groups,
     symmetric_scales,
@@ -87,8 +92,8 @@ class SearchSettings:
     """
 
     objective: str = "weight"
-    steps: int = 60
-    smallest: float = 0.4
+    steps: int = 71
+    smallest: float = 0.3
 
     def __post_init__(self) -> None:
         _check_choice("search.objective", self.objective, ("weight", "diagonal", "output"))
@@ -153,66 +158,6 @@ def _weighted_error(error: torch.Tensor, objective: str, hessian: torch.Tensor |
     return torch.stack(totals, dim=1)
 
 
-class _LearnedInt8Linear(torch.autograd.Function):
-    """int8 per-token x @ (per-channel integers of weight / scales)^T, differentiable in x and the scales.
-
-    Forward is the deployed arithmetic (exact integer product, then both scales); backward is that of
-    linear(fake_quant_per_token(x), fake_quant_weight(weight, scales)).
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, scales, bias, scheme, tf32):
-        x_values, x_scales = quantize_activation_per_token(x.reshape(-1, x.shape[-1]))
-        ratio = weight / scales
-        rounded = torch.round(ratio)
-        clamped = rounded.clamp(scheme.qmin, scheme.qmax)
-        values = clamped.to(torch.int8)
-        y = _int8_product(x_values, values).mul_(x_scales).mul_(scales.t())
-        if bias is not None:
-            y += bias
-        slope = None
-        if ctx.needs_input_grad[2]:
-            # As in fake_quant: q - w / scale inside the range, q where the integer is clamped.
-            slope = torch.where(rounded == clamped, clamped - ratio, clamped)
-        ctx.save_for_backward(x_values, x_scales, values, scales, slope)
-        ctx.tf32 = tf32
-        return y.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x_values, x_scales, values, scales, slope = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1])
-        grad_x = grad_scales = None
-        with _tf32_products(ctx.tf32 and grad.is_cuda):
-            if ctx.needs_input_grad[0]:
-                grad_x = (rows @ (values * scales)).view(*grad.shape[:-1], -1)
-            if ctx.needs_input_grad[2]:
-                grad_weight = rows.t() @ (x_values * x_scales)
-                grad_scales = grad_weight.mul_(slope).sum(dim=1, keepdim=True)
-        return grad_x, None, grad_scales, None, None, None
-
-
-def _int8_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Exact x [m, k] @ weight [n, k]^T of int8 tensors as float32."""
-    m, k = x.shape
-    if x.device.type == "cpu" or (x.is_cuda and m > 16 and k % 8 == 0 and weight.shape[0] % 8 == 0):
-        return torch._int_mm(x, weight.t()).float()
-    return x.float() @ weight.float().t()
-
-
-@contextmanager
-def _tf32_products(enabled: bool) -> Iterator[None]:
-    if not enabled:
-        yield
-        return
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-
-
 class LearnedClippingLinear(nn.Module):
     """A linear layer whose float32 weight is fake-quantized with learned clipping.
 
@@ -249,7 +194,7 @@ class LearnedClippingLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         scales = self.scales()
         if self.scheme.activation_bits == 8 and scales.shape[1] == 1:
-            return _LearnedInt8Linear.apply(x, self.weight, scales, self.bias, self.scheme, self.tf32_gradients)
+            return int8_linear(x, self.weight, scales, self.bias, self.scheme, self.tf32_gradients)
         if self.scheme.activation_bits == 8:
             x = fake_quant_per_token(x)
         return functional.linear(x, fake_quant_weight(self.weight, scales, self.scheme), self.bias)
@@ -286,7 +231,7 @@ def learn_clipping(
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:
-        with swapped_modules(block, modules):
+        with swapped_modules(block, modules), _deterministic_attention(calibration.device):
             losses = [_evaluate(block, calibration, inputs, targets, evaluated)]
             best, best_epoch = [p.detach().clone() for p in parameters], 0
             optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
@@ -319,6 +264,16 @@ def learn_clipping(
         for parameter in frozen:
             parameter.requires_grad_(True)
     return ClippingResult(scales, losses, best_epoch, time.perf_counter() - started)
+
+
+@contextmanager
+def _deterministic_attention(device: torch.device) -> Iterator[None]:
+    """On CUDA, take the attention kernel whose backward pass adds in a fixed order."""
+    if device.type != "cuda":
+        yield
+        return
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def _learnable_modules(

@@ -14,7 +14,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from odyssey.quantization.grid import dequantize, per_column, per_token_scales, sum_groups
+from odyssey.quantization.grid import (
+    dequantize,
+    per_column,
+    per_token_scales,
+    quantize_activation_per_token,
+    sum_groups,
+)
 from odyssey.quantization.scheme import QuantizedWeight, QuantScheme
 
 
@@ -72,6 +78,83 @@ def fake_quant_weight(weight: torch.Tensor, scales: torch.Tensor, scheme: QuantS
     return _FakeQuantWeight.apply(weight, scales, scheme)
 
 
+class _Int8Linear(torch.autograd.Function):
+    """int8 per-token x @ (per-channel integers of weight / scales)^T, differentiable in x and the scales.
+
+    Forward is the deployed arithmetic (exact integer product, then both scales); backward is that of
+    linear(fake_quant_per_token(x), fake_quant_weight(weight, scales)).
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, scales, bias, scheme, tf32):
+        x_values, x_scales = quantize_activation_per_token(x.reshape(-1, x.shape[-1]))
+        ratio = weight / scales
+        rounded = torch.round(ratio)
+        clamped = rounded.clamp(scheme.qmin, scheme.qmax)
+        values = clamped.to(torch.int8)
+        y = _int8_product(x_values, values).mul_(x_scales).mul_(scales.t())
+        if bias is not None:
+            y += bias
+        slope = None
+        if ctx.needs_input_grad[2]:
+            # As in fake_quant: q - w / scale inside the range, q where the integer is clamped.
+            slope = torch.where(rounded == clamped, clamped - ratio, clamped)
+        ctx.save_for_backward(x_values, x_scales, values, scales, slope)
+        ctx.tf32 = tf32
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x_values, x_scales, values, scales, slope = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_x = grad_scales = None
+        with _tf32_products(ctx.tf32 and grad.is_cuda):
+            if ctx.needs_input_grad[0]:
+                grad_x = (rows @ (values * scales)).view(*grad.shape[:-1], -1)
+            if ctx.needs_input_grad[2]:
+                grad_weight = rows.t() @ (x_values * x_scales)
+                grad_scales = grad_weight.mul_(slope).sum(dim=1, keepdim=True)
+        return grad_x, None, grad_scales, None, None, None
+
+
+def _int8_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Exact x [m, k] @ weight [n, k]^T of int8 tensors as float32."""
+    m, k = x.shape
+    if x.device.type == "cpu" or (x.is_cuda and m > 16 and k % 8 == 0 and weight.shape[0] % 8 == 0):
+        return torch._int_mm(x, weight.t()).float()
+    return x.float() @ weight.float().t()
+
+
+@contextmanager
+def _tf32_products(enabled: bool) -> Iterator[None]:
+    if not enabled:
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def int8_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    scheme: QuantScheme,
+    tf32_gradients: bool = False,
+) -> torch.Tensor:
+    """linear(fake_quant_per_token(x), fake_quant_weight(weight, scales), bias), multiplied as integers.
+
+    The product is exact in int32 and scaled afterwards, as in the deployed layer, and several times faster than in
+    float32. Differentiable in x and scales, with the gradients of the two fake-quantization functions.
+    scales: float32 [out, 1], per channel. tf32_gradients: multiply gradients in TF32 on CUDA.
+    """
+    return _Int8Linear.apply(x, weight, scales, bias, scheme, tf32_gradients)
+
+
 class FakeQuantLinear(nn.Module):
     """A linear layer with simulated quantization: linear(fake_quant(x), weight, bias) in float32.
 
@@ -94,9 +177,7 @@ class FakeQuantLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.activation_bits == 8:
             x = fake_quant_per_token(x)
-        return functional.linear(
-            x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
-        )
+        return functional.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, activation_bits={self.activation_bits}"
@@ -123,8 +204,7 @@ def swapped_modules(block: nn.Module, replacements: Mapping[str, nn.Module]) -> 
 def fake_quantized(block: nn.Module, weights: Mapping[str, QuantizedWeight]) -> Iterator[nn.Module]:
     """Run `block` with the named linear layers replaced by the simulation of their integers."""
     replacements = {
-        name: FakeQuantLinear.from_quantized(weight, block.get_submodule(name).bias)
-        for name, weight in weights.items()
+        name: FakeQuantLinear.from_quantized(weight, block.get_submodule(name).bias) for name, weight in weights.items()
     }
     with swapped_modules(block, replacements):
         yield block
