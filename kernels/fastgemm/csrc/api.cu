@@ -31,7 +31,7 @@ int device_arch() {
   return arch;
 }
 
-// Resolves arch (0, 80 or 90) to the path to run: 80 or 90; otherwise an error code is stored and 0 returned.
+// Resolves arch (0, 80 or 90, without flags) to the path to run: 80 or 90; otherwise an error code is stored and 0 returned.
 int choose_path(int arch, int* error) {
   const int device = device_arch();
   if (device < 0) {
@@ -68,7 +68,8 @@ int check(const fg::GemmArgs& a) {
 int run(int kind, fg::GemmArgs a, int arch) {
   int code = check(a);
   if (code != FG_OK || a.m == 0) return code;
-  const int path = choose_path(arch, &code);
+  a.weights_ready = (arch & FG_WEIGHTS_READY) != 0;
+  const int path = choose_path(arch & ~FG_WEIGHTS_READY, &code);
   if (path == 0) return code;
   if (a.out_dtype == FG_I32) a.bias = nullptr;
   if (path == 90) {
@@ -88,7 +89,7 @@ int fg_w4a8_gemm(const int8_t* x, const float* x_scale, const uint8_t* w_packed,
                  int64_t workspace_bytes, int arch, void* stream) {
   return run(FG_W4A8,
              fg::GemmArgs{x, x_scale, w_packed, w_scale, bias, out, m, n, k, out_dtype, workspace, workspace_bytes,
-                          static_cast<cudaStream_t>(stream)},
+                          static_cast<cudaStream_t>(stream), false},
              arch);
 }
 
@@ -97,14 +98,14 @@ int fg_w8a8_gemm(const int8_t* x, const float* x_scale, const int8_t* w, const f
                  int arch, void* stream) {
   return run(FG_W8A8,
              fg::GemmArgs{x, x_scale, w, w_scale, bias, out, m, n, k, out_dtype, workspace, workspace_bytes,
-                          static_cast<cudaStream_t>(stream)},
+                          static_cast<cudaStream_t>(stream), false},
              arch);
 }
 
 int64_t fg_gemm_workspace_bytes(int kind, int64_t m, int64_t n, int64_t k, int arch) {
   if (m <= 0 || n <= 0 || k <= 0) return 0;
   int error = FG_OK;
-  const int path = choose_path(arch, &error);
+  const int path = choose_path(arch & ~FG_WEIGHTS_READY, &error);
   if (path == 0) return 0;
   return path == 90 ? fg::sm90::workspace_bytes(kind, m, n, k) : fg::sm80::workspace_bytes(kind, m, n, k);
 }

@@ -24,6 +24,10 @@ enum { FG_F16 = 0, FG_BF16 = 1, FG_I32 = 2, FG_F32 = 3 };
 
 enum { FG_W4A8 = 0, FG_W8A8 = 1 };
 
+// May be added to `arch` of a GEMM call: the kernel that precedes the call in the stream does not write w, so the loads
+// of w may begin before it has finished.  Only loads of w are affected; everything else waits for the preceding kernel.
+enum { FG_WEIGHTS_READY = 0x100 };
+
 enum {
   FG_OK = 0,
   FG_ERROR_NULL_POINTER = 1,
@@ -39,7 +43,7 @@ enum {
 // out[M, N] = diag(x_scale) * (x int8 [M, K]) * (w int4 [N, K])^T * diag(w_scale) + bias.
 //   w_packed: packed W4 layout v1, uint8 [ceil(N/64), ceil(K/64), 2048]
 //   bias:     [N] in out_dtype, or NULL
-//   arch:     0 = the device's best path, 80 = mma.sync, 90 = wgmma (needs compute capability 9.0)
+//   arch:     0 = the device's best path, 80 = mma.sync, 90 = wgmma (needs compute capability 9.0); plus FG_WEIGHTS_READY
 // M in 0..65536, N a multiple of 16, K a multiple of 32.
 FG_API int fg_w4a8_gemm(const int8_t* x, const float* x_scale, const uint8_t* w_packed, const float* w_scale,
                         const void* bias, void* out, int64_t m, int64_t n, int64_t k, int out_dtype,

@@ -20,6 +20,7 @@ struct GemmArgs {
   void* workspace;
   int64_t workspace_bytes;
   cudaStream_t stream;
+  bool weights_ready;  // the preceding kernel of the stream does not write w
 };
 
 // Each returns an FG_* code.  m >= 1 is guaranteed; everything else has been checked by the caller.

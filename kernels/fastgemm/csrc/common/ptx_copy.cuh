@@ -47,16 +47,6 @@ __device__ __forceinline__ void tensor_load(uint32_t destination, const CUtensor
       : "memory");
 }
 
-// As tensor_load, to the same offsets of every CTA of the cluster whose bit is set in `mask`.
-__device__ __forceinline__ void tensor_load_multicast(uint32_t destination, const CUtensorMap* map, int inner, int outer,
-                                                      uint32_t barrier, uint16_t mask, uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
-      "[%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(destination),
-      "l"(map), "r"(inner), "r"(outer), "r"(barrier), "h"(mask), "l"(policy)
-      : "memory");
-}
-
 __device__ __forceinline__ void tensor_store(const CUtensorMap* map, uint32_t source, int inner, int outer) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(source),
                "r"(inner), "r"(outer)
@@ -87,20 +77,16 @@ __device__ __forceinline__ void store_shared_4(uint32_t address, uint32_t value)
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
 
-// 16 bytes into the shared memory of CTA `rank` of the cluster, at the given local address.
-__device__ __forceinline__ void store_remote_16(uint32_t address, uint32_t rank, int a, int b, int c, int d) {
+// 16 bytes into the shared memory of another CTA of the cluster, counted by a barrier there (both addresses come
+// from remote_address()): the data are visible to whoever waits for that barrier.
+__device__ __forceinline__ void store_remote_16(uint32_t address, uint32_t barrier, const int* v) {
   asm volatile(
-      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-      "st.shared::cluster.v4.b32 [remote], {%2, %3, %4, %5};\n}\n" ::"r"(address),
-      "r"(rank), "r"(a), "r"(b), "r"(c), "r"(d)
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+      "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(barrier)
       : "memory");
 }
 
-// Stores two 8x8 matrices of 16-bit elements transposed; lane i < 16 gives the address of row i % 8 of matrix i / 8.
-__device__ __forceinline__ void store_matrix_x2_trans(uint32_t address, uint32_t a, uint32_t b) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");
-}
-
+// Stores four 8x8 matrices of 16-bit elements transposed; lane i gives the address of row i % 8 of matrix i / 8.
 __device__ __forceinline__ void store_matrix_x4_trans(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
                "r"(c), "r"(d)

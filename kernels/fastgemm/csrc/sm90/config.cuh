@@ -17,12 +17,11 @@ constexpr int kConsumerWarps = kConsumerThreads / 32;
 constexpr int kMaxStages = 16;
 constexpr int kSharedLimit = 232448;    // bytes of shared memory a block may use on sm_90
 
-template <bool kInt4_, int kBlocks_, int kTokens_, bool kMulticast_>
+template <bool kInt4_, int kBlocks_, int kTokens_>
 struct Config {
-  static constexpr bool kInt4 = kInt4_;            // int4 weights from registers, otherwise int8 weights from shared memory
-  static constexpr int kBlocks = kBlocks_;         // 64-row blocks per consumer warpgroup
-  static constexpr int kTokens = kTokens_;         // wgmma n
-  static constexpr bool kMulticast = kMulticast_;  // pairs of CTAs share the token tile
+  static constexpr bool kInt4 = kInt4_;     // int4 weights from registers, otherwise int8 weights from shared memory
+  static constexpr int kBlocks = kBlocks_;  // 64-row blocks per consumer warpgroup
+  static constexpr int kTokens = kTokens_;  // wgmma n
   static constexpr int kRowBlocks = kConsumerGroups * kBlocks;
   static constexpr int kRows = 64 * kRowBlocks;
 
@@ -39,25 +38,50 @@ struct Config {
   static constexpr int kPieces = kBlocks * kTokens / 8;
 };
 
+// Pieces whose sum over the cluster one CTA computes and stores.
+template <class C>
+__host__ __device__ constexpr int pieces_per_owner(int split) {
+  return (C::kPieces + split - 1) / split;
+}
+
+// Bytes of partial sums that CTA `rank` gets from the other CTAs of its cluster.
+template <class C>
+__host__ __device__ constexpr int receive_bytes(int split, int rank) {
+  const int share = pieces_per_owner<C>(split);
+  const int left = C::kPieces - rank * share;
+  return (split - 1) * (left < 0 ? 0 : (left < share ? left : share)) * kConsumerThreads * 16;
+}
+
+// CTAs that CTA `rank` sends partial sums to.  Only they report when their exchange area is free again: a report then
+// never runs ahead of the sums it answers, so the phases of the barrier that counts the reports cannot mix.
+template <class C>
+__host__ __device__ constexpr int receivers(int split, int rank) {
+  const int share = pieces_per_owner<C>(split);
+  const int owners = (C::kPieces + share - 1) / share;
+  return owners - (rank < owners ? 1 : 0);
+}
+
 struct SharedLayout {
-  int staging, receive, scales, barriers, total;
+  int exchange, scales, barriers, total;
 };
 
-// Offsets in bytes from the 1024-byte aligned start of shared memory, where the pipeline stages lie.
+// Offsets in bytes from the 1024-byte aligned start of shared memory, where the pipeline stages lie.  The exchange
+// area holds output tiles on their way to tensor stores, later the partial sums of the other CTAs of the cluster.
 template <class C>
-__host__ __device__ constexpr SharedLayout shared_layout(int stages, int split) {
+__host__ __device__ constexpr SharedLayout shared_layout(int stages, int split, bool tensor_store) {
+  const int staging = tensor_store ? kConsumerGroups * 2 * C::kStoreBytes : 0;
+  const int receive = (split - 1) * pieces_per_owner<C>(split) * kConsumerThreads * 16;
   SharedLayout l{};
-  l.staging = stages * C::kStageBytes;
-  l.receive = l.staging + (C::kTensorStore && split == 1 ? kConsumerGroups * 2 * C::kStoreBytes : 0);
-  l.scales = l.receive + (split > 1 ? (split - 1) * ((C::kPieces + split - 1) / split) * kConsumerThreads * 16 : 0);
+  l.exchange = stages * C::kStageBytes;
+  l.scales = l.exchange + (staging > receive ? staging : receive);
   l.barriers = l.scales + kConsumerGroups * C::kTokens * 4;
   l.total = l.barriers + (2 * kMaxStages + 2) * 8 + 1024;
   return l;
 }
 
 template <class C>
-constexpr int pipeline_stages(int split) {
-  const int available = kSharedLimit - shared_layout<C>(0, split).total;
+constexpr int pipeline_stages(int split, bool tensor_store) {
+  const int available = kSharedLimit - shared_layout<C>(0, split, tensor_store).total;
   const int stages = available / C::kStageBytes;
   return stages < kMaxStages ? stages : kMaxStages;
 }
@@ -72,13 +96,16 @@ struct Params {
   int k_blocks;          // packed tiles along K
   int k_steps;           // pipeline steps along K
   int row_blocks;        // 64-row blocks of the weights
-  int row_tiles;         // row tiles (multicast: pairs of row tiles)
+  int row_tiles;
   int token_tiles;
   int group;             // token tiles that are walked before the next row tile
-  int split;             // CTAs of a cluster that share a tile's reduction
+  int whole_tiles;       // tiles before this index are computed by one CTA each, the rest by a cluster each
+  int split;             // CTAs of a cluster (a power of two); they share the reduction of a tile
+  int split_shift;       // log2(split)
   int stages;
   int out_dtype;
   int stream_weights;    // weights are read once: do not keep them in L2
+  int prefetch_weights;  // the preceding kernel does not write the weights: load them before it has finished
 };
 
 }  // namespace fg::sm90

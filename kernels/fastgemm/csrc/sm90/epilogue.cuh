@@ -14,6 +14,14 @@
 
 namespace fg::sm90 {
 
+// Hides where a value comes from, so that what is computed from it stays inside the loop over tiles instead of
+// occupying registers throughout the main loop.
+template <class Word>
+__device__ __forceinline__ Word opaque(Word value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // Scales and bias of the two rows (g, g + 8) a thread holds of one 64-row block.
 struct RowFactors {
   float scale[2];
@@ -70,49 +78,52 @@ __device__ __forceinline__ uint32_t word_32bit(bool raw, int acc, float x_scale,
              : __float_as_uint(scaled_result<C>(acc, x_scale, w_scale, has_bias, bias));
 }
 
-// One piece (8 tokens x 16 rows per warp) straight to global memory.  kOut: FG_F16, FG_BF16, or FG_F32 for 32-bit types.
-template <class C, int kOut>
-__device__ __forceinline__ void store_piece(const Params& p, const int* acc, const RowFactors& f, float2 xs, int row,
-                                            int token, int lane) {
+// kCount pieces (8 tokens x 16 rows per warp each) of one 64-row block straight to global memory.
+// kOut: FG_F16, FG_BF16, or FG_F32 for the 32-bit types.  row, token: of the warp's first element; scales: x_scale of
+// `token` in shared memory.
+template <class C, int kOut, int kCount>
+__device__ __forceinline__ void store_pieces_as(const Params& p, const int (&pieces)[kCount][4], const RowFactors& f,
+                                                uint32_t scales, int row, int token) {
+  constexpr bool kWide = kOut == FG_F32;
   const bool has_bias = p.bias != nullptr;
-  const int g = lane / 4, t = lane % 4;
-  if constexpr (kOut == FG_F32) {
-    const bool raw = p.out_dtype == FG_I32;
-    uint32_t* out = static_cast<uint32_t*>(p.out);
+  const bool raw = p.out_dtype == FG_I32;
+  const int lane = opaque(threadIdx.x % 32), g = lane / 4, t = lane % 4;
+  const int n = opaque(p.n);
+  // 32 bits: a lane stores tokens 2t, 2t + 1 of rows g, g + 8.  16 bits: after a transpose, token g of rows
+  // 2t, 2t + 1 and 2t + 8, 2t + 9.
+  const int first_row = row + (kWide ? g : 2 * t), first_token = token + (kWide ? 2 * t : g);
+  uint32_t* out = static_cast<uint32_t*>(p.out) +
+                  (static_cast<int64_t>(first_token) * n + first_row) / (kWide ? 1 : 2);
+  const int64_t stride = kWide ? n : n / 2;  // words from token to token
+  const bool in_rows = row < n;                  // N is a multiple of 16: all 16 rows of a warp exist or none
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int r = row + g + 8 * (i / 2), m = token + 2 * t + i % 2;
-      const uint32_t v = word_32bit<C>(raw, acc[i], i % 2 ? xs.y : xs.x, f.scale[i / 2], has_bias, f.bias[i / 2]);
-      if (m < p.m && r < p.n) out[static_cast<int64_t>(m) * p.n + r] = v;
-    }
-  } else {
-    uint16_t* out = static_cast<uint16_t*>(p.out);
+  for (int i = 0; i < kCount; ++i) {
+    const float2 xs = ptx::load_shared_float2(scales + (8 * i + 2 * t) * 4);
+    if constexpr (kWide) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      // After the transpose a lane holds token g, rows 2t and 2t + 1.
-      const uint32_t v = ptx::transpose_matrix(
-          pack_16bit<kOut>(scaled_result<C>(acc[2 * i], xs.x, f.scale[i], has_bias, f.bias[i]),
-                           scaled_result<C>(acc[2 * i + 1], xs.y, f.scale[i], has_bias, f.bias[i])));
-      const int r = row + 8 * i + 2 * t, m = token + g;
-      if (m < p.m && r < p.n) *reinterpret_cast<uint32_t*>(out + static_cast<int64_t>(m) * p.n + r) = v;
+      for (int e = 0; e < 4; ++e) {
+        const uint32_t v =
+            word_32bit<C>(raw, pieces[i][e], e % 2 ? xs.y : xs.x, f.scale[e / 2], has_bias, f.bias[e / 2]);
+        if (in_rows && first_token + 8 * i + e % 2 < p.m) out[(8 * i + e % 2) * stride + 8 * (e / 2)] = v;
+      }
+    } else {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const uint32_t v = ptx::transpose_matrix(
+            pack_16bit<kOut>(scaled_result<C>(pieces[i][2 * h], xs.x, f.scale[h], has_bias, f.bias[h]),
+                             scaled_result<C>(pieces[i][2 * h + 1], xs.y, f.scale[h], has_bias, f.bias[h])));
+        if (in_rows && first_token + 8 * i < p.m) out[8 * i * stride + 4 * h] = v;
+      }
     }
   }
 }
 
-// Pieces [first, last) of the accumulators straight to global memory.
-template <class C, int kOut>
-__device__ __forceinline__ void store_direct(const Params& p, const int (&acc)[C::kBlocks][C::kTokens / 2],
-                                             const RowFactors (&f)[C::kBlocks], uint32_t scales, int row, int token,
-                                             int first, int last) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int q = 0; q < C::kPieces; ++q) {
-    const int r = q / (C::kTokens / 8), j = q % (C::kTokens / 8);
-    if (q >= first && q < last && token + 8 * j < p.m) {
-      const float2 xs = ptx::load_shared_float2(scales + (8 * j + 2 * (lane % 4)) * 4);
-      store_piece<C, kOut>(p, &acc[r][4 * j], f[r], xs, row + 64 * r, token + 8 * j, lane);
-    }
-  }
+template <class C, int kCount>
+__device__ __forceinline__ void store_pieces(const Params& p, const int (&pieces)[kCount][4], const RowFactors& f,
+                                             uint32_t scales, int row, int token) {
+  if (p.out_dtype == FG_F16) store_pieces_as<C, FG_F16, kCount>(p, pieces, f, scales, row, token);
+  else if (p.out_dtype == FG_BF16) store_pieces_as<C, FG_BF16, kCount>(p, pieces, f, scales, row, token);
+  else store_pieces_as<C, FG_F32, kCount>(p, pieces, f, scales, row, token);
 }
 
 // The whole tile of a warpgroup through shared memory and tensor stores.  `staging` holds 2 * kStoreBytes.
@@ -124,9 +135,9 @@ __device__ __forceinline__ void store_tensor(const Params& p, const CUtensorMap*
   constexpr bool kWide = kOut == FG_F32;
   const bool has_bias = p.bias != nullptr;
   const bool raw = p.out_dtype == FG_I32;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  const int thread = opaque(threadIdx.x % 128), lane = thread % 32, warp = thread / 32;
   const int g = lane / 4, t = lane % 4;
-  const bool leader = threadIdx.x % 128 == 0;
+  const bool leader = thread == 0;
 #pragma unroll
   for (int r = 0; r < C::kBlocks; ++r) {
 #pragma unroll
@@ -139,23 +150,25 @@ __device__ __forceinline__ void store_tensor(const Params& p, const CUtensorMap*
         else ptx::bulk_wait_read<1>();
       }
       ptx::named_barrier_sync(group_barrier, 128);
+      // A token is 128 bytes of the buffer: chunk c of 16 bytes lies at c ^ (token % 8).
+      const uint32_t scale = scales + (c * C::kStoreTokens + 2 * t) * 4;
 #pragma unroll
       for (int j = 0; j < C::kStoreTokens / 8; j += 2) {
-        const int a = 4 * (c * (C::kStoreTokens / 8) + j);
         uint32_t packed[4];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const float2 xs = ptx::load_shared_float2(scales + (c * C::kStoreTokens + 8 * (j + i) + 2 * t) * 4);
+          const float2 xs = ptx::load_shared_float2(scale + 8 * (j + i) * 4);
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            const int a0 = acc[r][a + 4 * i + 2 * h], a1 = acc[r][a + 4 * i + 2 * h + 1];
+            const int a = 4 * (c * (C::kStoreTokens / 8) + j + i) + 2 * h;
+            const int a0 = acc[r][a], a1 = acc[r][a + 1];
             if constexpr (kWide) {
-              // Rows 0..31 and 32..63 of the block go to the two halves of the buffer, 32 rows = 128 bytes a token.
-              const int row = 16 * (warp % 2) + 8 * h + g, m = 8 * (j + i) + 2 * t;
-              const uint32_t base = buffer + warp / 2 * C::kStoreBytes + row % 4 * 4;
-              ptx::store_shared_4(base + m * 128 + ((row / 4) ^ (m % 8)) * 16,
+              // Rows 0..31 and 32..63 of the block go to the two halves of the buffer.
+              const uint32_t half = buffer + warp / 2 * C::kStoreBytes + 8 * (j + i) * 128 + g % 4 * 4;
+              const int chunk = 4 * (warp % 2) + 2 * h + g / 4;
+              ptx::store_shared_4(half + 2 * t * 128 + (chunk ^ (2 * t)) * 16,
                                   word_32bit<C>(raw, a0, xs.x, f[r].scale[h], has_bias, f[r].bias[h]));
-              ptx::store_shared_4(base + (m + 1) * 128 + ((row / 4) ^ ((m + 1) % 8)) * 16,
+              ptx::store_shared_4(half + (2 * t + 1) * 128 + (chunk ^ (2 * t + 1)) * 16,
                                   word_32bit<C>(raw, a1, xs.y, f[r].scale[h], has_bias, f[r].bias[h]));
             } else {
               packed[2 * i + h] =
@@ -165,9 +178,10 @@ __device__ __forceinline__ void store_tensor(const Params& p, const CUtensorMap*
           }
         }
         if constexpr (!kWide) {
-          const int m = 8 * (j + lane / 16) + lane % 8;
-          const uint32_t address = buffer + m * 128 + ((2 * warp + lane / 8 % 2) ^ (m % 8)) * 16;
-          ptx::store_matrix_x4_trans(address, packed[0], packed[1], packed[2], packed[3]);
+          // Matrices: rows 0..7 and 8..15 of the warp for tokens 8j .., then for tokens 8j + 8 ..
+          const int chunk = 2 * warp + lane / 8 % 2;
+          const uint32_t address = buffer + (lane / 16 * 8 + lane % 8) * 128 + (chunk ^ (lane % 8)) * 16;
+          ptx::store_matrix_x4_trans(address + 8 * j * 128, packed[0], packed[1], packed[2], packed[3]);
         }
       }
       ptx::fence_async_shared();

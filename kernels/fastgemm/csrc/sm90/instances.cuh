@@ -7,22 +7,20 @@ namespace fg::sm90 {
 
 template <bool kInt4>
 int launch_plan(const GemmArgs& a, const Plan& plan) {
-#define FG_INSTANCE(blocks_, tokens_, multicast_)                                                       \
-  if (plan.blocks == blocks_ && plan.tokens == tokens_ && plan.multicast == multicast_) \
-    return launch<Config<kInt4, blocks_, tokens_, multicast_>>(a, plan);
-  FG_INSTANCE(1, 8, false)
-  FG_INSTANCE(1, 16, false)
-  FG_INSTANCE(1, 32, false)
-  FG_INSTANCE(1, 64, false)
-  FG_INSTANCE(2, 8, false)
-  FG_INSTANCE(2, 16, false)
-  FG_INSTANCE(2, 32, false)
-  FG_INSTANCE(2, 64, false)
-  FG_INSTANCE(2, 96, false)
-  FG_INSTANCE(2, 128, false)
-  FG_INSTANCE(2, 128, true)
-  FG_INSTANCE(1, 256, false)
-  FG_INSTANCE(1, 256, true)
+#define FG_INSTANCE(blocks_, tokens_) \
+  if (plan.blocks == blocks_ && plan.tokens == tokens_) return launch<Config<kInt4, blocks_, tokens_>>(a, plan);
+  FG_INSTANCE(1, 8)
+  FG_INSTANCE(1, 16)
+  FG_INSTANCE(1, 32)
+  FG_INSTANCE(1, 64)
+  FG_INSTANCE(2, 8)
+  FG_INSTANCE(2, 16)
+  FG_INSTANCE(2, 32)
+  FG_INSTANCE(2, 64)
+  FG_INSTANCE(2, 96)
+  FG_INSTANCE(2, 128)
+  FG_INSTANCE(1, 128)
+  FG_INSTANCE(1, 256)
 #undef FG_INSTANCE
   return FG_ERROR_SIZE;
 }

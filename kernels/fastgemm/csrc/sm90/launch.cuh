@@ -51,7 +51,7 @@ int resident_clusters(int device, int size, int* clusters) {
 
 template <class C>
 int launch(const GemmArgs& a, const Plan& plan) {
-  const int cluster = C::kMulticast ? 2 : plan.split;
+  const int cluster = plan.split;
   int device = 0, clusters = 0;
   const cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) return cuda_code(status);
@@ -70,38 +70,48 @@ int launch(const GemmArgs& a, const Plan& plan) {
   p.k_steps = static_cast<int>((a.k + kStepK - 1) / kStepK);
   p.row_blocks = static_cast<int>((a.n + 63) / 64);
   p.row_tiles = static_cast<int>((a.n + C::kRows - 1) / C::kRows);
-  if (C::kMulticast) p.row_tiles = (p.row_tiles + 1) / 2;
   p.token_tiles = static_cast<int>((a.m + C::kTokens - 1) / C::kTokens);
   const int groups = (p.token_tiles + plan.group - 1) / plan.group;
   p.group = (p.token_tiles + groups - 1) / groups;
+  const int64_t tiles = static_cast<int64_t>(p.row_tiles) * p.token_tiles;
+  const int64_t wave = static_cast<int64_t>(clusters) * cluster;
   p.split = plan.split;
-  p.stages = pipeline_stages<C>(plan.split);
+  while ((1 << p.split_shift) < plan.split) ++p.split_shift;
+  p.whole_tiles = static_cast<int>(plan.split == 1 ? tiles : tiles / wave * wave);
+  const bool tensor_store = C::kTensorStore && p.whole_tiles > 0;
+  p.stages = pipeline_stages<C>(plan.split, tensor_store);
   p.out_dtype = a.out_dtype;
   p.stream_weights = p.token_tiles == 1;
+  p.prefetch_weights = a.weights_ready;
 
   CUtensorMap x_map{}, w_map{}, out_map{};
-  code = encode_tensor_map(&x_map, a.x, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.m, a.k,
-                           C::kMulticast ? C::kTokens / 2 : C::kTokens, kStepK);
+  code = encode_tensor_map(&x_map, a.x, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.m, a.k, C::kTokens, kStepK);
   if (code == FG_OK && !C::kInt4)
     code = encode_tensor_map(&w_map, a.w, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.n, a.k, C::kRows, kStepK);
-  if (code == FG_OK && C::kTensorStore && plan.split == 1) {
+  if (code == FG_OK && tensor_store) {
     const bool wide = a.out_dtype == FG_I32 || a.out_dtype == FG_F32;
     code = encode_tensor_map(&out_map, a.out, wide ? CU_TENSOR_MAP_DATA_TYPE_UINT32 : CU_TENSOR_MAP_DATA_TYPE_UINT16,
                              wide ? 4 : 2, a.m, a.n, C::kStoreTokens, wide ? 32 : 64);
   }
   if (code != FG_OK) return code;
 
-  const int64_t tiles = static_cast<int64_t>(p.row_tiles) * p.token_tiles;
-  cudaLaunchAttribute attributes[1] = {};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchAttribute attributes[2] = {};
+  int count = 0;
+  if (cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  }
+  // The kernel itself waits for the preceding one, after its own set-up.
+  attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  const int64_t needed = tiles * cluster;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>((tiles < clusters ? tiles : clusters) * cluster));
+  config.gridDim = dim3(static_cast<unsigned>(needed < wave ? needed : wave));
   config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = shared_layout<C>(p.stages, p.split).total;
+  config.dynamicSmemBytes = shared_layout<C>(p.stages, p.split, tensor_store).total;
   config.stream = a.stream;
   config.attrs = attributes;
-  config.numAttrs = cluster > 1 ? 1 : 0;
+  config.numAttrs = count;
   return cuda_code(cudaLaunchKernelEx(&config, gemm_kernel<C>, p, x_map, w_map, out_map));
 }
 

@@ -5,7 +5,7 @@
 namespace fg::sm90 {
 
 Plan choose_plan(int kind, int64_t m, int64_t n, int64_t k) {
-  Plan plan{2, 128, false, 1, 16};
+  Plan plan{2, 128, 1, 16};
   if (m <= 8) plan.tokens = 8;
   else if (m <= 16) plan.tokens = 16;
   else if (m <= 32) plan.tokens = 32;

@@ -6,11 +6,10 @@
 namespace fg::sm90 {
 
 struct Plan {
-  int blocks;      // 64-row blocks per consumer warpgroup (tile rows = 128 * blocks)
-  int tokens;      // tokens per tile
-  bool multicast;  // pairs of CTAs share token tiles
-  int split;       // CTAs of a cluster that share the reduction of one tile
-  int group;       // token tiles walked before the next row tile
+  int blocks;    // 64-row blocks per consumer warpgroup (tile rows = 128 * blocks)
+  int tokens;    // tokens per tile
+  int split;     // cluster size; the tiles that do not fill the device are computed by a whole cluster each
+  int group;     // token tiles walked before the next row tile
 };
 
 Plan choose_plan(int kind, int64_t m, int64_t n, int64_t k);
