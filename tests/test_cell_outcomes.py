@@ -1,0 +1,137 @@
+"""What goes wrong inside a cell becomes its outcome, and nothing that was finished is lost."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+from helpers.checkpoints import write_checkpoint
+from safetensors.torch import load_file, save_file
+
+from odyssey.cell import Cell
+from odyssey.config import AccuracyConfig, CalibrationConfig, LatencyConfig, ModelConfig, RootConfig, TrackingConfig
+from odyssey.methods import settings_class
+from odyssey.tracking.wandb_tracker import scalars, track_cell
+
+TEXT = "Pack my box with five dozen liquor jugs. " * 40
+
+
+def _config(tmp_path, model, method="rtn", **changes) -> RootConfig:
+    (tmp_path / "text.txt").write_text(TEXT)
+    values = {
+        "method": settings_class(method)(),
+        "model": ModelConfig(name="local", path=str(model)),
+        "calibration": CalibrationConfig(path=str(tmp_path / "text.txt"), num_samples=2, seqlen=32),
+        "accuracy": AccuracyConfig(),
+        "latency": LatencyConfig(),
+        "tracking": TrackingConfig(),
+        "output_dir": str(tmp_path / "out"),
+        "device": "cpu",
+    }
+    return RootConfig(**(values | changes))
+
+
+def _run(config):
+    return Cell(config, {}, "digest").run()
+
+
+def test_nan_weights_are_the_cells_outcome(tmp_path):
+    model = write_checkpoint(tmp_path / "model")
+    file = next(iter(model.glob("*.safetensors")))
+    tensors = load_file(file)
+    tensors["model.layers.2.self_attn.o_proj.weight"][0, 0] = float("inf")
+    save_file(tensors, file, metadata={"format": "pt"})
+    record = _run(_config(tmp_path, model))
+    assert record["outcome"] == "invalid-checkpoint"
+    assert "model.layers.2.self_attn.o_proj.weight has NaN or Inf" in record["reason"]
+
+
+def test_a_missing_gpu_is_unsupported(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    record = _run(_config(tmp_path, write_checkpoint(tmp_path / "model"), device="cuda"))
+    assert record["outcome"] == "unsupported"
+    assert "device=cuda" in record["reason"]
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [(MemoryError(), "oom"), (torch.OutOfMemoryError("CUDA out of memory"), "oom"), (KeyError("x"), "failed")],
+)
+def test_errors_inside_a_method(tmp_path, monkeypatch, error, outcome):
+    def quantize_block(self, block, calibration):
+        raise error
+
+    monkeypatch.setattr("baselines.rtn.RtnMethod.quantize_block", quantize_block)
+    record = _run(_config(tmp_path, write_checkpoint(tmp_path / "model")))
+    assert record["outcome"] == outcome
+    assert record["reason"]
+    assert record["memory"]["peak_rss_bytes"] > 0
+
+
+def test_too_long_a_latency_run_is_unsupported(tmp_path):
+    latency = LatencyConfig(engine="transformers", input_len=250, output_len=10)
+    record = _run(_config(tmp_path, write_checkpoint(tmp_path / "model"), latency=latency))
+    assert record["outcome"] == "unsupported"
+    assert "exceed the 256 positions" in record["reason"]
+    assert record["size"]["bits_per_weight"] > 4
+
+
+def test_a_killed_cell_is_recorded_and_resumes(project_root, tmp_path):
+    model = write_checkpoint(tmp_path / "model", layers=3)
+    (tmp_path / "text.txt").write_text(TEXT)
+    command = [
+        sys.executable, str(project_root / "run.py"), f"model.path={model}", f"output_dir={tmp_path / 'out'}",
+        f"calibration.path={tmp_path / 'text.txt'}", "calibration.num_samples=4", "calibration.seqlen=64",
+        "method.lwc.epochs=15", "device=cpu", f"accuracy.perplexity.path={tmp_path / 'text.txt'}",
+        "accuracy.perplexity.window=64",
+    ]  # fmt: skip
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("out/model/checkpoints/*/block-00000.safetensors")):
+        assert time.monotonic() < deadline, "no block was finished in time"
+        assert parent.poll() is None, parent.communicate()
+        time.sleep(0.02)
+    (child,) = psutil.Process(parent.pid).children()
+    child.send_signal(signal.SIGKILL)
+    _, errors = parent.communicate()
+    assert parent.returncode == 1
+    assert "killed" in errors
+    (path,) = tmp_path.glob("out/model/odyssey-*/record.json")
+    record = json.loads(path.read_text())
+    assert record["outcome"] == "killed"
+    assert "SIGKILL" in record["reason"]
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    record = json.loads(path.read_text())
+    assert record["outcome"] == "ok"
+    assert record["quantization"]["resumed_blocks"] >= 1
+
+
+def test_tracking_logs_scalars_offline_and_survives_a_failure(tmp_path, capsys):
+    import wandb
+
+    record = {
+        "digest": "abc", "outcome": "ok", "config": {"model": {"name": "m"}, "method": {"name": "rtn"}},
+        "accuracy": {"perplexity": {"file": {"value": 12.5, "windows": 3, "nll": [1.0], "simulated": False}}},
+    }  # fmt: skip
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    assert scalars(record) == {"accuracy.perplexity.file.value": 12.5, "accuracy.perplexity.file.windows": 3}
+    track_cell(TrackingConfig(backend="wandb"), record, tmp_path, tmp_path)
+    (run_file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert b"accuracy.perplexity.file.value" in run_file.read_bytes()
+    assert capsys.readouterr().err.count("tracking: not logged") == 0
+
+    def refuse(*args, **kwargs):
+        raise PermissionError("read-only")
+
+    original, wandb.init = wandb.init, refuse
+    try:
+        track_cell(TrackingConfig(backend="wandb"), record, tmp_path, tmp_path)
+    finally:
+        wandb.init = original
+    assert "tracking: not logged (PermissionError: read-only)" in capsys.readouterr().err
