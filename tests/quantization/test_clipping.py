@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from odyssey.quantization.grid import minmax_grid, quantize_activation_per_token
 from odyssey.quantization.method import BlockCalibration
 from odyssey.quantization.scheme import PER_CHANNEL, QuantScheme
 
+PAPER = LearnedClippingSettings(epochs=2, learning_rate=5e-2, schedule="constant", initialization="constant")
 LINEAR_GROUPS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("self_attn.o_proj",),
@@ -280,7 +282,7 @@ def test_the_loss_goes_down_on_every_block(model, index, initialization):
     ratios = {
         name: search_clipping(block.get_submodule(name).weight.detach(), scheme) for name in calibration.linear_names()
     }
-    settings = LearnedClippingSettings(epochs=8, learning_rate=5e-2, initialization=initialization)
+    settings = replace(PAPER, epochs=8, initialization=initialization)
     result = learn_clipping(block, calibration, scheme, settings, ratios)
 
     assert len(result.losses) == 9
@@ -294,7 +296,7 @@ def test_the_loss_goes_down_on_every_block(model, index, initialization):
 
 def test_learning_never_ends_worse_than_it_started(model):
     block, calibration = model.model.layers[1], calibrate(model, 1)
-    settings = LearnedClippingSettings(epochs=2, learning_rate=50.0)
+    settings = replace(PAPER, learning_rate=50.0)
     result = learn_clipping(block, calibration, QuantScheme(), settings)
     assert result.losses[0] < min(result.losses[1:])
     assert result.best_epoch == 0
@@ -306,12 +308,11 @@ def test_learning_never_ends_worse_than_it_started(model):
 
 def test_learning_is_deterministic_and_depends_on_the_seed(model):
     block, scheme = model.model.layers[0], QuantScheme()
-    settings = LearnedClippingSettings(epochs=2, learning_rate=5e-2)
     runs = []
     for seed in (1, 1, 2):
         calibration = calibrate(model, 0)
         calibration.seed = seed
-        runs.append(learn_clipping(block, calibration, scheme, settings))
+        runs.append(learn_clipping(block, calibration, scheme, PAPER))
     assert runs[0].losses == runs[1].losses
     assert runs[0].losses != runs[2].losses
     assert all(torch.equal(runs[0].scales[name], runs[1].scales[name]) for name in runs[0].scales)
@@ -330,8 +331,8 @@ def test_learning_is_deterministic_and_depends_on_the_seed(model):
 )
 def test_settings_are_honoured(model, changes):
     block, calibration = model.model.layers[0], calibrate(model, 0)
-    base = learn_clipping(block, calibration, QuantScheme(), LearnedClippingSettings(2, 5e-2))
-    other = learn_clipping(block, calibration, QuantScheme(), LearnedClippingSettings(2, 5e-2, **changes))
+    base = learn_clipping(block, calibration, QuantScheme(), PAPER)
+    other = learn_clipping(block, calibration, QuantScheme(), replace(PAPER, **changes))
     assert min(other.losses) <= other.losses[0]
     assert other.losses != base.losses
 
@@ -339,7 +340,7 @@ def test_settings_are_honoured(model, changes):
 @pytest.mark.parametrize("scheme", [QuantScheme(4, 10), QuantScheme(4, PER_CHANNEL, True, 16)], ids=lambda s: s.label)
 def test_groups_and_floating_point_activations(model, scheme):
     block, calibration = model.model.layers[0], calibrate(model, 0)
-    result = learn_clipping(block, calibration, scheme, LearnedClippingSettings(4, 5e-2))
+    result = learn_clipping(block, calibration, scheme, replace(PAPER, epochs=4))
     assert min(result.losses) < result.losses[0]
     assert block_loss(block, calibration, result.scales, scheme) == pytest.approx(min(result.losses), rel=1e-3)
 
@@ -348,11 +349,13 @@ def test_progress_and_a_loss_that_is_not_finite(model):
     block, calibration = model.model.layers[0], calibrate(model, 0)
     seen = []
     calibration.report = seen.append
-    learn_clipping(block, calibration, QuantScheme(), LearnedClippingSettings(epochs=2))
+    learn_clipping(block, calibration, QuantScheme(), PAPER)
     assert len(seen) == 2
     calibration.targets = [torch.full_like(target, float("nan")) for target in calibration.targets]
     with pytest.raises(ValueError, match="loss is nan"):
-        learn_clipping(block, calibration, QuantScheme(), LearnedClippingSettings(epochs=1))
+        learn_clipping(block, calibration, QuantScheme(), PAPER)
+    with pytest.raises(ValueError, match="ratios"):
+        learn_clipping(block, calibration, QuantScheme(), LearnedClippingSettings())
 
 
 @pytest.mark.parametrize(

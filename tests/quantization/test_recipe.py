@@ -167,6 +167,7 @@ def test_the_default_is_the_w4a8_recipe():
     assert method.settings.start_from == "unclipped"
     assert method.settings.lwc.learning_rate == 1e-2
     assert method.settings.lwc.initial_logit == 4.0
+    assert method.settings.lwc.targets == "reference"
     assert method.needs_calibration
     assert not OdysseyMethod(OdysseySettings(clipping="none", compensation="none")).needs_calibration
 
@@ -252,8 +253,8 @@ def test_progress_is_reported(model):
     seen = []
     calibration.report = seen.append
     OdysseyMethod(OdysseySettings(lwc=replace(LWC, epochs=2))).quantize_block(model.model.layers[0], calibration)
-    assert [text.split()[0] for text in seen] == ["lwc", "lwc", "gptq", "gptq", "gptq", "gptq"]
-    assert "q_proj, k_proj, v_proj" in seen[2]
+    assert [text.split()[0] for text in seen] == ["clip", "lwc", "lwc", "gptq", "gptq", "gptq", "gptq"]
+    assert "q_proj, k_proj, v_proj" in seen[3]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
