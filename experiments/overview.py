@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pandas as pd
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -67,8 +69,8 @@ _FORMATS = {
     "speedup": "{:.2f}x", "quantize_s": "{:.1f}", "seconds": "{:.1f}",
 }  # fmt: skip
 _HEADINGS = {
-    "size_mb": "size MB", "bits_per_weight": "bits/weight", "tokens_per_s": "tokens/s", "quantize_s": "quantize s",
-    "speedup": "vs unquantized", "seconds": "total s",
+    "size_mb": "size MB", "bits_per_weight": "bits/w", "tokens_per_s": "tokens/s", "quantize_s": "quant. s",
+    "speedup": "vs fp", "seconds": "total s",
 }  # fmt: skip
 
 
@@ -79,20 +81,25 @@ def format_cell(column: str, value) -> str:
 
 
 def shown_columns(frame: pd.DataFrame) -> list[str]:
-    """Columns that have anything to show."""
-    return [column for column in COLUMNS if frame[column].notna().any()]
+    """Columns that say something: any figures, and the outcome where a cell did not end ok."""
+    columns = [column for column in COLUMNS if frame[column].notna().any()]
+    return columns if (frame["outcome"] != "ok").any() else [column for column in columns if column != "outcome"]
 
 
 def print_overview(frame: pd.DataFrame, console: Console | None = None) -> None:
-    """The overview as a table in the terminal."""
-    table = Table(title=None, header_style="bold")
-    columns = shown_columns(frame)
-    for column in columns:
-        table.add_column(_HEADINGS.get(column, column), justify="right" if column in _FORMATS else "left")
-    for _, row in frame.iterrows():
-        style = None if row["outcome"] == "ok" else "red"
-        table.add_row(*(format_cell(column, row[column]) for column in columns), style=style)
-    (console or Console(width=None)).print(table)
+    """The overview in the terminal, a table for each model and data set; fits 80 columns when all cells ended ok."""
+    # A pipe or a log has no width of its own.
+    console = console or (Console() if sys.stdout.isatty() else Console(width=100))
+    for (model, dataset), rows in frame.groupby(["model", "dataset"], dropna=False, sort=False):
+        title = f"{model}, perplexity on {dataset}" if pd.notna(dataset) else str(model)
+        columns = [column for column in shown_columns(rows) if column not in ("model", "dataset", "seconds")]
+        table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE, pad_edge=False)
+        for column in columns:
+            table.add_column(_HEADINGS.get(column, column), justify="right" if column in _FORMATS else "left")
+        for _, row in rows.iterrows():
+            style = None if row["outcome"] == "ok" else "red"
+            table.add_row(*(format_cell(column, row[column]) for column in columns), style=style)
+        console.print(table)
 
 
 def overview_markdown(frame: pd.DataFrame) -> str:

@@ -54,8 +54,8 @@ def perplexity(
             batch = tokens[index : index + 1].to(device)
             logits = model(batch, use_cache=False).logits[0, :-1].float()
             losses.append(nn.functional.cross_entropy(logits, batch[0, 1:]).item())
-            task.advance()
             task.report(f"{math.exp(min(50.0, sum(losses) / len(losses))):.3f}")
+            task.advance()
     if not all(map(math.isfinite, losses)):
         raise ValueError(f"perplexity on {corpus.name}: the model's loss is not finite")
     mean = sum(losses) / count
