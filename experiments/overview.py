@@ -93,7 +93,7 @@ def print_overview(frame: pd.DataFrame, console: Console | None = None) -> None:
     for (model, dataset), rows in frame.groupby(["model", "dataset"], dropna=False, sort=False):
         title = f"{model}, perplexity on {dataset}" if pd.notna(dataset) else str(model)
         columns = [column for column in shown_columns(rows) if column not in ("model", "dataset", "seconds")]
-        table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE, pad_edge=False)
+        table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE, collapse_padding=True)
         for column in columns:
             table.add_column(_HEADINGS.get(column, column), justify="right" if column in _FORMATS else "left")
         for _, row in rows.iterrows():
@@ -136,7 +136,7 @@ def plot_overview(frame: pd.DataFrame, path: Path) -> bool:
                 textcoords="offset points", xytext=(6, 5),
             )  # fmt: skip
         axis.set(xlabel="size on disk (MB)", ylabel=f"perplexity ({dataset}), lower is better", title=str(model))
-        axis.margins(x=0.25, y=0.2)
+        axis.margins(x=0.4, y=0.2)
         axis.grid(alpha=0.3)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
