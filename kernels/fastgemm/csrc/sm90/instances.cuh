@@ -25,4 +25,12 @@ int launch_plan(const GemmArgs& a, const Plan& plan) {
   return FG_ERROR_SIZE;
 }
 
+template <bool kInt4>
+int run_gemm(const GemmArgs& a) {
+  int sms = 0;
+  const int code = multiprocessors(&sms);
+  if (code != FG_OK) return code;
+  return launch_plan<kInt4>(a, choose_plan(kInt4 ? FG_W4A8 : FG_W8A8, a.m, a.n, a.k, sms));
+}
+
 }  // namespace fg::sm90

@@ -16,6 +16,19 @@ constexpr int kMaxDevices = 64;
 
 inline int cuda_code(cudaError_t status) { return status == cudaSuccess ? FG_OK : FG_ERROR_CUDA + status; }
 
+// Multiprocessors of the current device.
+inline int multiprocessors(int* count) {
+  static std::atomic<int> cache[kMaxDevices];
+  int device = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return cuda_code(status);
+  if (device < kMaxDevices) *count = cache[device].load(std::memory_order_relaxed);
+  if (device < kMaxDevices && *count != 0) return FG_OK;
+  status = cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+  if (status == cudaSuccess && device < kMaxDevices) cache[device].store(*count, std::memory_order_relaxed);
+  return cuda_code(status);
+}
+
 // Clusters of `size` CTAs that the current device can hold at once; prepares the kernel on first use of a device.
 template <class C>
 int resident_clusters(int device, int size, int* clusters) {

@@ -1,16 +1,81 @@
 #include "plan.h"
 
+#include <cmath>
+
 #include "../common/gemm_args.h"
 
 namespace fg::sm90 {
+namespace {
 
-Plan choose_plan(int kind, int64_t m, int64_t n, int64_t k) {
-  Plan plan{2, 128, 1, 16};
-  if (m <= 8) plan.tokens = 8;
-  else if (m <= 16) plan.tokens = 16;
-  else if (m <= 32) plan.tokens = 32;
-  else if (m <= 64) plan.tokens = 64;
-  return plan;
+struct Shape {
+  int blocks, tokens;
+};
+
+// Must match the instances of instances.cuh.
+constexpr Shape kShapes[] = {{1, 8},  {1, 16},  {1, 32},  {1, 64}, {2, 8},   {2, 16},
+                             {2, 32}, {2, 64}, {2, 96}, {1, 128}, {2, 128}, {1, 256}};
+
+// Constants of the time estimate, fitted to measured times of all plans on an H100 SXM (docs/fastgemm.md).
+constexpr double kCyclesPerUs = 1620;         // multiprocessor clock
+constexpr double kSharedBytesPerUs = 70400;   // operands into one multiprocessor, weights found in L2
+constexpr double kStreamBytesPerUs = 46800;   // weights into one multiprocessor from device memory
+constexpr double kDeviceBytesPerUs = 3.19e6;  // weights from device memory, whole device
+constexpr double kEpilogueUs = 0.0094;        // per 64-row block of a warpgroup and token of a tile
+constexpr double kReduceUs = 1.0;             // per doubling of the cluster
+constexpr double kExchangeUs = 0.0129;        // per 64-row block and token that is exchanged
+constexpr double kNarrowInt4 = 1.09;          // tensor core time with fewer than 256 tokens, relative
+constexpr double kNarrowInt8 = 1.24;
+
+int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+
+// Clusters of `split` CTAs that are resident at once: the larger ones do not fill every processing cluster.
+int resident_clusters(int sms, int split) { return split <= 2 ? sms / split : sms * 30 / 33 / split; }
+
+double estimate_us(int kind, int64_t m, int64_t n, int64_t k, int sms, Shape shape, int split) {
+  const int steps = ceil_div(k, 128);
+  const int64_t tiles = static_cast<int64_t>(ceil_div(n, 128 * shape.blocks)) * ceil_div(m, shape.tokens);
+  const int64_t clusters = resident_clusters(sms, split), wave = clusters * split;
+  const int64_t whole = split == 1 ? tiles : tiles / wave * wave;
+  const int64_t rounds = ceil_div(whole, wave), shared_rounds = ceil_div(tiles - whole, clusters);
+
+  const double weight_bytes = (kind == FG_W4A8 ? 8192.0 : 16384.0) * shape.blocks;
+  double tensor_us = 8.0 * shape.blocks * std::fmax(shape.tokens / 2, 16) / kCyclesPerUs;
+  if (shape.tokens < 256) tensor_us *= kind == FG_W4A8 ? kNarrowInt4 : kNarrowInt8;
+  const double load_us =
+      std::fmax((weight_bytes + 128.0 * shape.tokens) / kSharedBytesPerUs, weight_bytes / kStreamBytesPerUs);
+  const double step_us = std::fmax(tensor_us, load_us);
+  const double area = static_cast<double>(shape.blocks) * shape.tokens;
+  double us = rounds * (steps * step_us + kEpilogueUs * area);
+  if (shared_rounds > 0)
+    us += shared_rounds * ((steps * step_us + kEpilogueUs * area) / split + kReduceUs * std::log2(split) +
+                           kExchangeUs * area * (split - 1) / split);
+  // Loading from device memory and everything else overlap, but not perfectly: a smooth maximum.
+  const double memory_us = static_cast<double>(n) * k * (kind == FG_W4A8 ? 0.5 : 1.0) / kDeviceBytesPerUs;
+  const double a = us * us, b = memory_us * memory_us;
+  return std::sqrt(std::sqrt(a * a + b * b));
+}
+
+}  // namespace
+
+Plan choose_plan(int kind, int64_t m, int64_t n, int64_t k, int sms) {
+  // Few tokens: the narrowest tile that holds them all.
+  int narrow = 8;
+  while (narrow < m && narrow < 64) narrow *= 2;
+  const int steps = ceil_div(k, 128);
+  Plan best{};
+  double best_us = INFINITY;
+  for (const Shape shape : kShapes) {
+    if (m <= 64 ? shape.tokens != narrow : shape.tokens < 64) continue;
+    for (int split = 1; split <= 8; split *= 2) {
+      if (split > 1 && steps < 2 * split) break;
+      const double us = estimate_us(kind, m, n, k, sms, shape, split);
+      if (us < best_us) {
+        best_us = us;
+        best = Plan{shape.blocks, shape.tokens, split, shape.tokens == 256 ? 8 : 16};
+      }
+    }
+  }
+  return best;
 }
 
 // Split reductions go through distributed shared memory.

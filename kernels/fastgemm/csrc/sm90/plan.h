@@ -6,12 +6,13 @@
 namespace fg::sm90 {
 
 struct Plan {
-  int blocks;    // 64-row blocks per consumer warpgroup (tile rows = 128 * blocks)
-  int tokens;    // tokens per tile
-  int split;     // cluster size; the tiles that do not fill the device are computed by a whole cluster each
-  int group;     // token tiles walked before the next row tile
+  int blocks;  // 64-row blocks per consumer warpgroup (tile rows = 128 * blocks)
+  int tokens;  // tokens per tile
+  int split;   // cluster size; the tiles that do not fill the device are computed by a whole cluster each
+  int group;   // token tiles walked before the next row tile
 };
 
-Plan choose_plan(int kind, int64_t m, int64_t n, int64_t k);
+// The plan with the smallest estimated time on a device with `sms` multiprocessors.
+Plan choose_plan(int kind, int64_t m, int64_t n, int64_t k, int sms);
 
 }  // namespace fg::sm90

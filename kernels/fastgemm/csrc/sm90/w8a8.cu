@@ -2,7 +2,7 @@
 
 namespace fg::sm90 {
 
-int w8a8(const GemmArgs& a) { return launch_plan<false>(a, choose_plan(FG_W8A8, a.m, a.n, a.k)); }
+int w8a8(const GemmArgs& a) { return run_gemm<false>(a); }
 
 #ifdef FASTGEMM_TUNING
 int w8a8_plan(const GemmArgs& a, const Plan& plan) { return launch_plan<false>(a, plan); }
