@@ -7,12 +7,16 @@ from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
 _GEMM_ARGUMENTS = (
     [c_void_p] * 6 + [c_int64] * 3 + [c_int, c_void_p, c_int64, c_int, c_void_p]
 )  # x, x_scale, w, w_scale, bias, out; m, n, k; out_dtype; workspace, its bytes; arch; stream
+_ABLATION_TAIL = [c_int64] * 3 + [c_int, c_void_p, c_int64, c_void_p]
 _SIGNATURES = {
     "fg_w4a8_gemm": _GEMM_ARGUMENTS,
     "fg_w8a8_gemm": _GEMM_ARGUMENTS,
     "fg_quantize_per_token": [c_void_p, c_int, c_void_p, c_void_p, c_int64, c_int64, c_void_p],
     "fg_rms_norm_quant": [c_void_p] * 3 + [c_float, c_int] + [c_void_p] * 3 + [c_int64] * 2 + [c_void_p],
     "fg_silu_mul_quant": [c_void_p, c_int, c_void_p, c_void_p, c_int64, c_int64, c_void_p],
+    "fg_ablation_grouped_gemm": [c_void_p] * 5 + _ABLATION_TAIL,
+    "fg_ablation_asymmetric_gemm": [c_void_p] * 6 + _ABLATION_TAIL,
+    "fg_ablation_unpack": [c_void_p, c_void_p, c_int64, c_int64, c_void_p],
 }
 
 
@@ -32,12 +36,15 @@ class Library:
         try:
             self._error_string = self._dll.fg_error_string
             self._workspace_bytes = self._dll.fg_gemm_workspace_bytes
+            self._ablation_workspace_bytes = self._dll.fg_ablation_workspace_bytes
             functions = {name: getattr(self._dll, name) for name in _SIGNATURES}
         except AttributeError as error:
             raise FastGemmError(f"{path} is no FastGEMM library of this version: {error}") from error
         self._error_string.argtypes, self._error_string.restype = [c_int], c_char_p
         self._workspace_bytes.argtypes = [c_int, c_int64, c_int64, c_int64, c_int]
         self._workspace_bytes.restype = c_int64
+        self._ablation_workspace_bytes.argtypes = [c_int, c_int64, c_int64, c_int64]
+        self._ablation_workspace_bytes.restype = c_int64
         for name, argument_types in _SIGNATURES.items():
             functions[name].argtypes, functions[name].restype = argument_types, c_int
         self.path = path
@@ -71,6 +78,22 @@ class Library:
     def silu_mul_quant(self, *arguments) -> None:
         """fg_silu_mul_quant."""
         self._call("fg_silu_mul_quant", *arguments)
+
+    def ablation_grouped_gemm(self, *arguments) -> None:
+        """fg_ablation_grouped_gemm."""
+        self._call("fg_ablation_grouped_gemm", *arguments)
+
+    def ablation_asymmetric_gemm(self, *arguments) -> None:
+        """fg_ablation_asymmetric_gemm."""
+        self._call("fg_ablation_asymmetric_gemm", *arguments)
+
+    def ablation_unpack(self, *arguments) -> None:
+        """fg_ablation_unpack."""
+        self._call("fg_ablation_unpack", *arguments)
+
+    def ablation_workspace_bytes(self, kind: int, m: int, n: int, k: int) -> int:
+        """fg_ablation_workspace_bytes; kind 0 is grouped, 1 is asymmetric."""
+        return self._ablation_workspace_bytes(kind, m, n, k)
 
 
 @functools.cache

@@ -103,9 +103,9 @@ def test_unknown_kernels_are_refused():
 @pytest.mark.gpu
 def test_small_run(tmp_path):
     path = tmp_path / "result.json"
-    against = "w8a8,cublas-fp16,int-mm,w4a16,fastgemm-sm80"
+    against = "w8a8,cublas-fp16,int-mm,w4a16,fastgemm-sm80,grouped,asymmetric,unfused"
     arguments = ["--shapes", "512x1024", "--m", "1,40", "--rounds", "5", "--against", against]
     assert bench.main([*arguments, "--json", str(path), "--plot", str(tmp_path / "f.png")]) == 0
     document = json.loads(path.read_text())
-    assert len(document["rows"]) == 12
+    assert len(document["rows"]) == 18
     assert all(row["correct"] and row["time_us"] > 0 for row in document["rows"])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import ops
+from .. import ablation, ops
 from ..packing import pack
 from .problem import Activations, Weights
 
@@ -71,6 +71,17 @@ def _w8a8(arch: int) -> dict:
         "prepare": lambda w: (w.int8.clone(), w.scale.clone()),
         "multiply": lambda w, x: ops.w8a8_gemm(x.int8, x.scale, *w, arch=arch),
     }
+
+
+def _prepare_grouped(w: Weights) -> tuple[torch.Tensor, torch.Tensor]:
+    if w.k % ablation.GROUP_SIZE != 0:
+        raise UnavailableError(f"needs K to be a multiple of {ablation.GROUP_SIZE}")
+    return pack(w.int4), w.scale[None, :].repeat(w.k // ablation.GROUP_SIZE, 1)
+
+
+def _prepare_asymmetric(w: Weights) -> tuple[torch.Tensor, ...]:
+    unsigned = (w.int4 + 8).to(torch.uint8)
+    return ablation.pack_unsigned(unsigned), w.scale.clone(), torch.full_like(w.scale, 8, dtype=torch.uint8)
 
 
 def _int_mm(w: tuple[torch.Tensor, torch.Tensor], x: Activations) -> torch.Tensor:
@@ -141,6 +152,33 @@ _KERNELS = [
         multiply=lambda w, x: torch.ops.aten._weight_int4pack_mm(x.bf16, w[0], 128, w[1]),
         tolerance=1e-2,
         note="torch's own W4A16 (tinygemm), bf16, group size 128",
+    ),
+    Kernel(
+        "grouped",
+        weight_bits=4,
+        stored_bits=4 + 32 / ablation.GROUP_SIZE,
+        math="int8",
+        prepare=_prepare_grouped,
+        multiply=lambda w, x: ablation.w4a8_grouped_gemm(x.int8, x.scale, *w),
+        note="ablation: one scale per 128 columns; compare with fastgemm-sm80",
+    ),
+    Kernel(
+        "asymmetric",
+        weight_bits=4,
+        stored_bits=4,
+        math="int8",
+        prepare=_prepare_asymmetric,
+        multiply=lambda w, x: ablation.w4a8_asymmetric_gemm(x.int8, x.scale, *w),
+        note="ablation: zero points; compare with fastgemm-sm80",
+    ),
+    Kernel(
+        "unfused",
+        weight_bits=4,
+        stored_bits=4,
+        math="int8",
+        prepare=lambda w: (pack(w.int4), w.scale.clone()),
+        multiply=lambda w, x: ablation.w4a8_unfused_gemm(x.int8, x.scale, *w),
+        note="ablation: unpacked to int8 by a kernel of its own, then w8a8; compare with fastgemm",
     ),
     Kernel(
         "humming",

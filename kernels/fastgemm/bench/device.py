@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -87,7 +88,10 @@ class Monitor:
 
 
 def git_commit() -> str:
-    """Commit of the checkout this file lies in, with "-dirty" behind it for local changes; "unknown" elsewhere."""
+    """Commit of the checkout this file lies in, with "-dirty" behind it for local changes.
+
+    Outside a checkout it is `$GIT_COMMIT`, else "unknown".
+    """
     folder = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
@@ -98,7 +102,7 @@ def git_commit() -> str:
     try:
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return os.environ.get("GIT_COMMIT", "unknown")
 
 
 def environment(monitor: Monitor) -> dict[str, object]:

@@ -6,11 +6,12 @@ namespace elementwise {
 namespace {
 
 template <typename T, int V, int kKept>
-__global__ void __launch_bounds__(1024) quantize_per_token(const T* x, int8_t* q, float* scale, int64_t k) {
+__global__ void __launch_bounds__(max_threads(kKept), min_blocks(kKept))
+    quantize_per_token(const T* x, int8_t* q, float* scale, int64_t k) {
   const int64_t row = blockIdx.x;
   const T* x_row = x + row * k;
-  quantize_row<T, V, kKept>([&](int, int64_t index) { return load<T, V>(x_row, index); }, k / V, q + row * k,
-                            scale + row);
+  quantize_row<T, V, kKept>([&](int, int index) { return load<T, V>(x_row, index); },
+                            [](const Vec<T, V>& y) { return y; }, static_cast<int>(k / V), q + row * k, scale + row);
 }
 
 }  // namespace
@@ -20,15 +21,15 @@ __global__ void __launch_bounds__(1024) quantize_per_token(const T* x, int8_t* q
 extern "C" int fg_quantize_per_token(const void* x, int in_dtype, int8_t* q, float* scale, int64_t m, int64_t k,
                                      void* stream) {
   using namespace fg::elementwise;
-  if (m < 0 || m > kMaxRows || k <= 0) return FG_ERROR_SIZE;
+  if (m < 0 || m > kMaxRows || k <= 0 || k > kMaxColumns) return FG_ERROR_SIZE;
   if (m == 0) return FG_OK;
   if (!x || !q || !scale) return FG_ERROR_NULL_POINTER;
   if (!aligned16(x) || !aligned16(q)) return FG_ERROR_ALIGNMENT;
-  return dispatch(in_dtype, k, [&](auto type, auto width, auto kept, int threads) {
-    using T = decltype(type);
-    quantize_per_token<T, decltype(width)::value, decltype(kept)::value>
-        <<<static_cast<unsigned>(m), threads, 0, static_cast<cudaStream_t>(stream)>>>(static_cast<const T*>(x), q,
-                                                                                     scale, k);
-    return launch_status();
+  return dispatch(in_dtype, m, k, [&](auto instance) {
+    using I = decltype(instance);
+    using T = typename I::T;
+    return launch_rows(quantize_per_token<T, I::V, I::kKept>, m, instance.threads, instance.shared_bytes, stream,
+                       static_cast<const T*>(x), q,
+                       scale, k);
   });
 }

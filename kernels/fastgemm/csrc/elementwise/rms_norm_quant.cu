@@ -26,58 +26,76 @@ __device__ __forceinline__ Vec<T, V> normalize(const Vec<T, V>& h, const Vec<T, 
 
 // residual_out may be the same memory as residual: every element is read and written by one thread.
 template <typename T, int V, int kKept>
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(max_threads(kKept), min_blocks(kKept))
     rms_norm_quant(const T* x, const T* residual, const T* weight, float eps, T* residual_out, int8_t* q, float* scale,
                    int64_t k) {
   __shared__ float scratch[kMaxWarps];
   const int64_t offset = static_cast<int64_t>(blockIdx.x) * k;
-  const int64_t vectors = k / V;
-  const auto read = [&](int64_t index) {
-    Vec<T, V> h = load<T, V>(x + offset, index);
+  const int vectors = static_cast<int>(k / V);
+  T* const row = reinterpret_cast<T*>(shared_row);
+  struct Raw {
+    Vec<T, V> h, other;  // other: the residual in the first pass, the weight in the second
+  };
+  const auto fetch_sum = [&](int index) {
+    Raw raw;
+    raw.h = load<T, V>(x + offset, index);
+    if (residual) raw.other = load<T, V>(residual + offset, index);
+    return raw;
+  };
+  const auto finish_sum = [&](Raw raw, int index) {
     if (residual) {
-      const Vec<T, V> r = load<T, V>(residual + offset, index);
 #pragma unroll
-      for (int e = 0; e < V; ++e) h.v[e] = from_float<T>(to_float(r.v[e]) + to_float(h.v[e]));
-      if (residual_out) store<T, V>(residual_out + offset, index, h);
-    } else if (residual_out) {
-      store<T, V>(residual_out + offset, index, h);
+      for (int e = 0; e < V; ++e) raw.h.v[e] = from_float<T>(to_float(raw.other.v[e]) + to_float(raw.h.v[e]));
     }
-    return h;
+    if (residual_out) store<T, V>(residual_out + offset, index, raw.h);
+    return raw.h;
   };
 
-  // Short rows also fetch the weight before the reduction, whose latency then hides behind it.
-  constexpr bool kEarlyWeight = kKept > 0 && kKept <= 2;
+  // Rows in registers fetch the weight before the reduction, whose latency then hides behind it.
+  constexpr bool kEarlyWeight = kKept > 0;
   Vec<T, V> kept[kKept > 0 ? kKept : 1];
   Vec<T, V> kept_weight[kEarlyWeight ? kKept : 1];
   float sum = 0.0f;
   if constexpr (kKept > 0) {
 #pragma unroll
     for (int j = 0; j < kKept; ++j) {
-      const int64_t index = threadIdx.x + static_cast<int64_t>(j) * blockDim.x;
+      const int index = threadIdx.x + j * blockDim.x;
       if (index < vectors) {
-        kept[j] = read(index);
+        kept[j] = finish_sum(fetch_sum(index), index);
         if constexpr (kEarlyWeight) kept_weight[j] = load<T, V>(weight, index);
         sum += sum_of_squares<T, V>(kept[j]);
       }
     }
   } else {
-    for (int64_t index = threadIdx.x; index < vectors; index += blockDim.x) sum += sum_of_squares<T, V>(read(index));
+    for_batches<kKept>(
+        vectors, [&](int, int index) { return fetch_sum(index); },
+        [&](int, int index, const Raw& raw) {
+          const Vec<T, V> h = finish_sum(raw, index);
+          sum += sum_of_squares<T, V>(h);
+          if constexpr (kKept == kInShared) store<T, V>(row, index, h);
+        });
   }
   const float mean = __fdiv_rn(block_sum(sum, scratch), static_cast<float>(k));
   const float rsqrt_mean = rsqrtf(mean + eps);
 
-  // The sums a row read again is made of are in residual_out if anywhere: residual may have been overwritten.
-  const auto get = [&](int j, int64_t index) {
-    if constexpr (kEarlyWeight) {
-      return normalize<T, V>(kept[j], kept_weight[j], rsqrt_mean);
-    } else if constexpr (kKept > 0) {
-      return normalize<T, V>(kept[j], load<T, V>(weight, index), rsqrt_mean);
+  const auto fetch = [&](int j, int index) {
+    Raw raw;
+    if constexpr (kKept > 0) {
+      raw.h = kept[j];
+    } else if constexpr (kKept == kInShared) {
+      raw.h = load<T, V>(row, index);
     } else {
-      const Vec<T, V> h = residual_out ? load<T, V>(residual_out + offset, index) : read(index);
-      return normalize<T, V>(h, load<T, V>(weight, index), rsqrt_mean);
+      // A row that is read again is in residual_out if anywhere: residual may have been overwritten.
+      raw.h = residual_out ? load<T, V>(residual_out + offset, index) : finish_sum(fetch_sum(index), index);
     }
+    if constexpr (kEarlyWeight)
+      raw.other = kept_weight[j];
+    else
+      raw.other = load<T, V>(weight, index);
+    return raw;
   };
-  quantize_row<T, V, kKept>(get, vectors, q + offset, scale + blockIdx.x);
+  quantize_row<T, V, kKept>(fetch, [&](const Raw& raw) { return normalize<T, V>(raw.h, raw.other, rsqrt_mean); },
+                            vectors, q + offset, scale + blockIdx.x);
 }
 
 }  // namespace
@@ -88,18 +106,18 @@ extern "C" int fg_rms_norm_quant(const void* x, const void* residual_or_null, co
                                  int in_dtype, void* residual_out_or_null, int8_t* q, float* scale, int64_t m,
                                  int64_t k, void* stream) {
   using namespace fg::elementwise;
-  if (m < 0 || m > kMaxRows || k <= 0) return FG_ERROR_SIZE;
+  if (m < 0 || m > kMaxRows || k <= 0 || k > kMaxColumns) return FG_ERROR_SIZE;
   if (m == 0) return FG_OK;
   if (!x || !weight || !q || !scale) return FG_ERROR_NULL_POINTER;
   if (!aligned16(x) || !aligned16(residual_or_null) || !aligned16(weight) || !aligned16(residual_out_or_null) ||
       !aligned16(q))
     return FG_ERROR_ALIGNMENT;
-  return dispatch(in_dtype, k, [&](auto type, auto width, auto kept, int threads) {
-    using T = decltype(type);
-    rms_norm_quant<T, decltype(width)::value, decltype(kept)::value>
-        <<<static_cast<unsigned>(m), threads, 0, static_cast<cudaStream_t>(stream)>>>(
-            static_cast<const T*>(x), static_cast<const T*>(residual_or_null), static_cast<const T*>(weight), eps,
-            static_cast<T*>(residual_out_or_null), q, scale, k);
-    return launch_status();
+  return dispatch(in_dtype, m, k, [&](auto instance) {
+    using I = decltype(instance);
+    using T = typename I::T;
+    return launch_rows(rms_norm_quant<T, I::V, I::kKept>, m, instance.threads, instance.shared_bytes, stream,
+                       static_cast<const T*>(x),
+                       static_cast<const T*>(residual_or_null), static_cast<const T*>(weight), eps,
+                       static_cast<T*>(residual_out_or_null), q, scale, k);
   });
 }

@@ -1,7 +1,8 @@
-// One thread block handles one row of activations, which is read from global memory once: each thread keeps its
-// share of the row in registers as 16-byte vectors (kKept of them) between the reductions over the row.  Rows of
-// more than 64 KB, or whose length is no multiple of a vector, are read again for every step (kKept = 0), from the
-// L2 cache when they are fresh.
+// One thread block handles one row of activations, which is read from global memory once.  Between the reductions over
+// the row each thread keeps its share of it, as 16-byte vectors: rows of up to 16 KB in registers (kKept vectors a
+// thread), rows of up to 64 KB in shared memory (kKept = kInShared), because so many registers would leave room for
+// one or two blocks a multiprocessor only.  Longer rows, and rows whose length is no multiple of a vector, are read
+// again for every step (kKept = kReread), from the L2 cache when they are fresh.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -49,6 +50,17 @@ __device__ __forceinline__ void store(T* row, int64_t index, const Vec<T, V>& va
 }
 
 constexpr int kMaxWarps = 32;
+
+// Threads of a block and blocks of a multiprocessor, which decide how many registers a thread may have: without the
+// second the compiler takes so many that too few rows are under way.
+__host__ __device__ constexpr int max_threads(int kept) { return kept > 0 ? 512 : 1024; }
+__host__ __device__ constexpr int min_blocks(int kept) { return kept == 1 ? 3 : kept == 2 ? 2 : 1; }
+
+constexpr int kReread = 0;
+constexpr int kInShared = -1;
+constexpr int kLoads = 2;  // vectors a thread loads before it computes with them; more only cost registers
+
+extern __shared__ uint4 shared_row[];  // the row's vectors, with kInShared; a thread only touches its own
 
 // Every thread gets the sum over the block, always added in the same order.
 __device__ __forceinline__ float block_sum(float value, float* scratch) {
@@ -107,29 +119,51 @@ __device__ __forceinline__ void store_quantized(int8_t* row, int64_t index, cons
   }
 }
 
-// Quantizes the row whose vectors are get(j, index): index is the vector's place in the row, j the (compile-time)
-// number of the thread's kept vector.  With kKept = 0 get is called again for each of the two steps.
-template <typename T, int V, int kKept, typename Get>
-__device__ __forceinline__ void quantize_row(Get get, int64_t vectors, int8_t* q_row, float* scale_out) {
-  __shared__ uint32_t scratch[kMaxWarps];
-  Vec<T, V> kept[kKept > 0 ? kKept : 1];
-  uint32_t magnitude = 0;
-  const auto scan = [&](const Vec<T, V>& y) {
+// Runs raw = fetch(j, index), then finish(j, index, raw), for every vector of this thread, kLoads at a time, so that
+// the loads of a batch are under way together.
+template <int kKept, typename Fetch, typename Finish>
+__device__ __forceinline__ void for_batches(int vectors, Fetch fetch, Finish finish) {
+  constexpr int kBatch = kKept == 1 || kKept == kReread ? 1 : kLoads;
+  const auto batch = [&](int first_j, int first_index) {
+    decltype(fetch(0, 0)) raw[kBatch];
 #pragma unroll
-    for (int e = 0; e < V; ++e) magnitude = max(magnitude, magnitude_bits(to_float(y.v[e])));
+    for (int j = 0; j < kBatch; ++j) {
+      const int index = first_index + j * blockDim.x;
+      if (index < vectors) raw[j] = fetch(first_j + j, index);
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int index = first_index + j * blockDim.x;
+      if (index < vectors) finish(first_j + j, index, raw[j]);
+    }
   };
   if constexpr (kKept > 0) {
 #pragma unroll
-    for (int j = 0; j < kKept; ++j) {
-      const int64_t index = threadIdx.x + static_cast<int64_t>(j) * blockDim.x;
-      if (index < vectors) {
-        kept[j] = get(j, index);
-        scan(kept[j]);
-      }
-    }
+    for (int j = 0; j < kKept; j += kBatch) batch(j, threadIdx.x + j * blockDim.x);
   } else {
-    for (int64_t index = threadIdx.x; index < vectors; index += blockDim.x) scan(get(0, index));
+    for (int index = threadIdx.x; index < vectors; index += kBatch * blockDim.x) batch(0, index);
   }
+}
+
+// Quantizes the row whose vectors are finish(fetch(j, index)): index is the vector's place in the row, j the number of
+// the thread's kept vector (a compile-time constant after unrolling).  With kReread both are called again for each of
+// the two steps.
+template <typename T, int V, int kKept, typename Fetch, typename Finish>
+__device__ __forceinline__ void quantize_row(Fetch fetch, Finish finish, int vectors, int8_t* q_row,
+                                             float* scale_out) {
+  __shared__ uint32_t scratch[kMaxWarps];
+  T* const row = reinterpret_cast<T*>(shared_row);
+  Vec<T, V> kept[kKept > 0 ? kKept : 1];
+  uint32_t magnitude = 0;
+  for_batches<kKept>(
+      vectors, [&](int j, int index) { return fetch(j, index); },
+      [&](int j, int index, const auto& raw) {
+        const Vec<T, V> y = finish(raw);
+#pragma unroll
+        for (int e = 0; e < V; ++e) magnitude = max(magnitude, magnitude_bits(to_float(y.v[e])));
+        if constexpr (kKept > 0) kept[j] = y;
+        if constexpr (kKept == kInShared) store<T, V>(row, index, y);
+      });
   const float absmax = __uint_as_float(block_max(magnitude, scratch));
   const float scale = absmax == 0.0f ? 1.0f : __fdiv_rn(absmax, 127.0f);
   const float reciprocal = __frcp_rn(scale);
@@ -137,52 +171,73 @@ __device__ __forceinline__ void quantize_row(Get get, int64_t vectors, int8_t* q
   if constexpr (kKept > 0) {
 #pragma unroll
     for (int j = 0; j < kKept; ++j) {
-      const int64_t index = threadIdx.x + static_cast<int64_t>(j) * blockDim.x;
+      const int index = threadIdx.x + j * blockDim.x;
       if (index < vectors) store_quantized<T, V>(q_row, index, kept[j], scale, reciprocal);
     }
   } else {
-    for (int64_t index = threadIdx.x; index < vectors; index += blockDim.x)
-      store_quantized<T, V>(q_row, index, get(0, index), scale, reciprocal);
+    for (int index = threadIdx.x; index < vectors; index += blockDim.x) {
+      if constexpr (kKept == kInShared)
+        store_quantized<T, V>(q_row, index, load<T, V>(row, index), scale, reciprocal);
+      else
+        store_quantized<T, V>(q_row, index, finish(fetch(0, index)), scale, reciprocal);
+    }
   }
 }
 
-// Calls launch(type tag, vector width, kept vectors, threads) with the instance for `dtype` and rows of `k` elements.
-template <int N>
-struct Int {
-  static constexpr int value = N;
+// The type, vector width and kept vectors of a kernel instance as one argument, and how to launch it.
+template <typename T_, int V_, int kKept_>
+struct Instance {
+  using T = T_;
+  static constexpr int V = V_, kKept = kKept_;
+  int threads;
+  int64_t shared_bytes;
 };
 
+// So few rows that every multiprocessor has one or two: they finish sooner with more threads.
+constexpr int64_t kFewRows = 256;
+
+// Calls launch with the instance for `m` rows of `k` elements.
 template <typename T, typename Launch>
-int for_row_length(int64_t k, Launch launch) {
-  constexpr int kWidth = 16 / sizeof(T);
-  if (k % kWidth != 0) return launch(T{}, Int<1>{}, Int<0>{}, k <= 4096 ? 256 : 1024);
-  const int64_t vectors = k / kWidth;
-  if (vectors <= 512) return launch(T{}, Int<kWidth>{}, Int<1>{}, static_cast<int>((vectors + 31) / 32 * 32));
-  if (vectors <= 1024) return launch(T{}, Int<kWidth>{}, Int<2>{}, 512);
-  if (vectors <= 2048) return launch(T{}, Int<kWidth>{}, Int<4>{}, 512);
-  if (vectors <= 4096) return launch(T{}, Int<kWidth>{}, Int<4>{}, 1024);
-  return launch(T{}, Int<kWidth>{}, Int<0>{}, 1024);
+int for_row_length(int64_t m, int64_t k, Launch launch) {
+  constexpr int V = 16 / sizeof(T);
+  if (k % V != 0) return launch(Instance<T, 1, kReread>{k <= 4096 ? 256 : 1024, 0});
+  const int64_t vectors = k / V;
+  const auto threads = [vectors](int kept) { return static_cast<int>((vectors + 32 * kept - 1) / (32 * kept) * 32); };
+  if (vectors <= 512) return launch(Instance<T, V, 1>{threads(1), 0});
+  if (vectors <= 1024) return launch(Instance<T, V, 2>{threads(2), 0});
+  if (vectors <= 4096) return launch(Instance<T, V, kInShared>{m <= kFewRows ? 1024 : 512, vectors * 16});
+  return launch(Instance<T, V, kReread>{1024, 0});
 }
 
 template <typename Launch>
-int dispatch(int dtype, int64_t k, Launch launch) {
+int dispatch(int dtype, int64_t m, int64_t k, Launch launch) {
   switch (dtype) {
-    case FG_F16: return for_row_length<__half>(k, launch);
-    case FG_BF16: return for_row_length<__nv_bfloat16>(k, launch);
-    case FG_F32: return for_row_length<float>(k, launch);
+    case FG_F16: return for_row_length<__half>(m, k, launch);
+    case FG_BF16: return for_row_length<__nv_bfloat16>(m, k, launch);
+    case FG_F32: return for_row_length<float>(m, k, launch);
     default: return FG_ERROR_DTYPE;
   }
 }
 
-inline int launch_status() {
-  const cudaError_t status = cudaGetLastError();
+// Launches one block per row.
+template <typename... Parameters, typename... Arguments>
+int launch_rows(void (*kernel)(Parameters...), int64_t rows, int threads, int64_t shared_bytes, void* stream,
+                Arguments... arguments) {
+  cudaError_t status = cudaSuccess;
+  if (shared_bytes > 48 * 1024)
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (status == cudaSuccess) {
+    kernel<<<static_cast<unsigned>(rows), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
+    status = cudaGetLastError();
+  }
   return status == cudaSuccess ? FG_OK : FG_ERROR_CUDA + static_cast<int>(status);
 }
 
 inline bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// The grid's x dimension, one block a row, ends here.
+// The grid's x dimension, one block a row, ends at the first; indices inside a row are 32-bit.
 constexpr int64_t kMaxRows = INT32_MAX;
+constexpr int64_t kMaxColumns = 1 << 24;
 
 }  // namespace elementwise
 }  // namespace fg

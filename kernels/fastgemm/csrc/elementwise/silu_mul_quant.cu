@@ -6,6 +6,11 @@ namespace elementwise {
 namespace {
 
 template <typename T, int V>
+struct Pair {
+  Vec<T, V> gate, up;
+};
+
+template <typename T, int V>
 __device__ __forceinline__ Vec<T, V> silu_mul(const Vec<T, V>& gate, const Vec<T, V>& up) {
   Vec<T, V> y;
 #pragma unroll
@@ -18,13 +23,17 @@ __device__ __forceinline__ Vec<T, V> silu_mul(const Vec<T, V>& gate, const Vec<T
 }
 
 template <typename T, int V, int kKept>
-__global__ void __launch_bounds__(1024) silu_mul_quant(const T* gate_up, int8_t* q, float* scale, int64_t i) {
+__global__ void __launch_bounds__(max_threads(kKept), min_blocks(kKept))
+    silu_mul_quant(const T* gate_up, int8_t* q, float* scale, int64_t i) {
   const int64_t row = blockIdx.x;
   const T* gate = gate_up + row * 2 * i;
   const T* up = gate + i;
   quantize_row<T, V, kKept>(
-      [&](int, int64_t index) { return silu_mul<T, V>(load<T, V>(gate, index), load<T, V>(up, index)); }, i / V,
-      q + row * i, scale + row);
+      [&](int, int index) {
+        return Pair<T, V>{load<T, V>(gate, index), load<T, V>(up, index)};
+      },
+      [](const Pair<T, V>& pair) { return silu_mul<T, V>(pair.gate, pair.up); }, static_cast<int>(i / V), q + row * i,
+      scale + row);
 }
 
 }  // namespace
@@ -34,15 +43,14 @@ __global__ void __launch_bounds__(1024) silu_mul_quant(const T* gate_up, int8_t*
 extern "C" int fg_silu_mul_quant(const void* gate_up, int in_dtype, int8_t* q, float* scale, int64_t m, int64_t i,
                                  void* stream) {
   using namespace fg::elementwise;
-  if (m < 0 || m > kMaxRows || i <= 0) return FG_ERROR_SIZE;
+  if (m < 0 || m > kMaxRows || i <= 0 || i > kMaxColumns) return FG_ERROR_SIZE;
   if (m == 0) return FG_OK;
   if (!gate_up || !q || !scale) return FG_ERROR_NULL_POINTER;
   if (!aligned16(gate_up) || !aligned16(q)) return FG_ERROR_ALIGNMENT;
-  return dispatch(in_dtype, i, [&](auto type, auto width, auto kept, int threads) {
-    using T = decltype(type);
-    silu_mul_quant<T, decltype(width)::value, decltype(kept)::value>
-        <<<static_cast<unsigned>(m), threads, 0, static_cast<cudaStream_t>(stream)>>>(
-            static_cast<const T*>(gate_up), q, scale, i);
-    return launch_status();
+  return dispatch(in_dtype, m, i, [&](auto instance) {
+    using I = decltype(instance);
+    using T = typename I::T;
+    return launch_rows(silu_mul_quant<T, I::V, I::kKept>, m, instance.threads, instance.shared_bytes, stream,
+                       static_cast<const T*>(gate_up), q, scale, i);
   });
 }

@@ -17,7 +17,8 @@ struct Epilogue {
   void* out;             // [M, N]
   int64_t n;
   int out_dtype;
-  int shift;  // powers of two in the accumulator that are not part of the result (4: high-nibble weights)
+  int shift;        // powers of two in the accumulator that are not part of the result (4: high-nibble weights)
+  bool float_sums;  // the accumulators are the bits of fp32 sums that already hold the weight's scales
 };
 
 __device__ __forceinline__ uint32_t pair(__half a, __half b) {
@@ -31,8 +32,10 @@ __device__ __forceinline__ uint32_t pair(__nv_bfloat16 a, __nv_bfloat16 b) {
 // Finishes eight neighbouring accumulators of row `row`, columns column..column+7.
 __device__ __forceinline__ void store8(const Epilogue& e, int64_t row, int64_t column, int32_t (&acc)[8]) {
   const int64_t offset = row * e.n + column;
+  if (!e.float_sums) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) acc[i] >>= e.shift;
+    for (int i = 0; i < 8; ++i) acc[i] >>= e.shift;
+  }
   if (e.out_dtype == FG_I32) {
     int4* out = reinterpret_cast<int4*>(static_cast<int32_t*>(e.out) + offset);
     out[0] = make_int4(acc[0], acc[1], acc[2], acc[3]);
@@ -43,7 +46,8 @@ __device__ __forceinline__ void store8(const Epilogue& e, int64_t row, int64_t c
   float y[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i)
-    y[i] = __fmul_rn(__fmul_rn(__int2float_rn(acc[i]), x_scale), e.w_scale[column + i]);
+    y[i] = e.float_sums ? __int_as_float(acc[i]) * x_scale
+                        : __fmul_rn(__fmul_rn(__int2float_rn(acc[i]), x_scale), e.w_scale[column + i]);
   if (e.out_dtype == FG_F32) {
     if (e.bias) {
       const float* bias = static_cast<const float*>(e.bias) + column;

@@ -17,9 +17,20 @@
 namespace fg {
 namespace sm80 {
 
+// What the weights are.  The first two are the products proper; the others measure what FastGEMM avoids.
+enum class Weights {
+  kInt8,        // int8 [N, K]
+  kInt4,        // packed, symmetric per channel: multiplied as 16 times their value
+  kAsymmetric,  // packed, unsigned with a zero point per channel, subtracted from every value before the product
+  kGrouped,     // packed, symmetric with a scale for each kGroupSize columns: sums leave int32 after every group
+};
+constexpr int kGroupSize = 128;
+
 struct GemmParams {
   const int8_t* x;  // [M, K]
   const uint8_t* w;  // packed W4 layout v1, or int8 [N, K]
+  const uint8_t* zero;       // [N] in 0..15 (kAsymmetric)
+  const float* group_scale;  // [K / kGroupSize, N] (kGrouped)
   int32_t* partial;  // [splits, M, N] raw sums when gridDim.y > 1
   int64_t m, n, k;
   int steps;            // k steps of kTiles * 64 columns
@@ -32,10 +43,12 @@ struct GemmParams {
 constexpr int kTokenBlocksPerGroup = 8;
 constexpr uint32_t kNibbles = 0xF0F0F0F0u;
 
-template <bool kPacked_, int kRowWarps_, int kTokenWarps_, int kRowTiles_, int kTokenTiles_, int kTiles_, int kStages_,
-          int kBlocksPerSm_>
+template <Weights kWeights_, int kRowWarps_, int kTokenWarps_, int kRowTiles_, int kTokenTiles_, int kTiles_,
+          int kStages_, int kBlocksPerSm_>
 struct Config {
-  static constexpr bool kPacked = kPacked_;
+  static constexpr Weights kWeights = kWeights_;
+  static constexpr bool kPacked = kWeights != Weights::kInt8;
+  static constexpr bool kGrouped = kWeights == Weights::kGrouped;
   static constexpr int kRowWarps = kRowWarps_, kTokenWarps = kTokenWarps_;
   static constexpr int kRowTiles = kRowTiles_;      // 16-row tiles of a warp
   static constexpr int kTokenTiles = kTokenTiles_;  // 8-token tiles of a warp
@@ -136,10 +149,60 @@ struct Copies {
   }
 };
 
+// Four int8 values per word from four weights in the high (kHigh) or low nibbles of a packed word.
+template <Weights kWeights, bool kHigh>
+__device__ __forceinline__ uint32_t operand(uint32_t packed, uint32_t zeros) {
+  if constexpr (kWeights == Weights::kAsymmetric)
+    return __vsub4((kHigh ? packed >> 4 : packed) & ~kNibbles, zeros);
+  else
+    return (kHigh ? packed : packed << 4) & kNibbles;
+}
+
+// Zero points of the two rows of a 16-row tile that this thread holds, four times each.
+template <typename C>
+struct ZeroPoints {
+  uint32_t value[C::kRowTiles][2] = {};
+
+  __device__ __forceinline__ ZeroPoints(const GemmParams& p, int64_t first_row, int row_warp) {
+    if constexpr (C::kWeights == Weights::kAsymmetric) {
+#pragma unroll
+      for (int r = 0; r < C::kRowTiles; ++r)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int64_t row = first_row + 16 * (row_warp * C::kRowTiles + r) + threadIdx.x % 32 / 4 + 8 * half;
+          value[r][half] = row < p.n ? p.zero[row] * 0x01010101u : 0;
+        }
+    }
+  }
+};
+
+// Ends a group: adds its sums, scaled, to `total`, and starts from 0 again.
+template <typename C>
+__device__ __forceinline__ void finish_group(float (&total)[C::kRowTiles][C::kTokenTiles][4],
+                                             int32_t (&acc)[C::kRowTiles][C::kTokenTiles][4], const GemmParams& p,
+                                             int64_t first_row, int row_warp, int group) {
+#pragma unroll
+  for (int r = 0; r < C::kRowTiles; ++r) {
+    float scale[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t row = first_row + 16 * (row_warp * C::kRowTiles + r) + threadIdx.x % 32 / 4 + 8 * half;
+      scale[half] = row < p.n ? p.group_scale[group * p.n + row] * 0.0625f : 0.0f;  // the weights count 16-fold
+    }
+#pragma unroll
+    for (int t = 0; t < C::kTokenTiles; ++t)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        total[r][t][i] = fmaf(__int2float_rn(acc[r][t][i]), scale[i / 2], total[r][t][i]);
+        acc[r][t][i] = 0;
+      }
+  }
+}
+
 // Accumulates one stage into acc.
 template <typename C>
 __device__ __forceinline__ void multiply_stage(int32_t (&acc)[C::kRowTiles][C::kTokenTiles][4], uint32_t stage,
-                                               int row_warp, int token_warp) {
+                                               int row_warp, int token_warp, const ZeroPoints<C>& zeros) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int tile = 0; tile < C::kTiles; ++tile) {
@@ -152,8 +215,8 @@ __device__ __forceinline__ void multiply_stage(int32_t (&acc)[C::kRowTiles][C::k
         load_shared(packed, stage + ((row_tile / 4 * C::kTiles + tile) * 2048 + row_tile % 4 * 512 + lane * 16));
 #pragma unroll
         for (int word = 0; word < 4; ++word) {
-          a[r][word / 2][word % 2 * 2] = packed[word] & kNibbles;
-          a[r][word / 2][word % 2 * 2 + 1] = (packed[word] << 4) & kNibbles;
+          a[r][word / 2][word % 2 * 2] = operand<C::kWeights, true>(packed[word], zeros.value[r][0]);
+          a[r][word / 2][word % 2 * 2 + 1] = operand<C::kWeights, false>(packed[word], zeros.value[r][1]);
         }
       } else {
 #pragma unroll
@@ -194,7 +257,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm(const GemmP
   const int steps = min(p.steps_per_split, p.steps - first_step);
   Copies<C> copies(p, first_row, first_token, first_step * C::kColumns);
 
+  const ZeroPoints<C> zeros(p, first_row, row_warp);
+
   int32_t acc[C::kRowTiles][C::kTokenTiles][4] = {};
+  float total[C::kGrouped ? C::kRowTiles : 1][C::kGrouped ? C::kTokenTiles : 1][4] = {};
 #pragma unroll
   for (int s = 0; s < C::kStages - 1; ++s) {
     if (s < steps) copies.start(base + s * C::kStageBytes);
@@ -206,7 +272,11 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm(const GemmP
     __syncthreads();  // the stage has arrived for all threads, and all are done with the one that is filled next
     if (step + C::kStages - 1 < steps) copies.start(base + write * C::kStageBytes);
     commit_copies();
-    multiply_stage<C>(acc, base + read * C::kStageBytes, row_warp, token_warp);
+    multiply_stage<C>(acc, base + read * C::kStageBytes, row_warp, token_warp, zeros);
+    if constexpr (C::kGrouped) {
+      const int end = (first_step + step + 1) * C::kColumns;
+      if (end % kGroupSize == 0) finish_group<C>(total, acc, p, first_row, row_warp, end / kGroupSize - 1);
+    }
     read = read + 1 == C::kStages ? 0 : read + 1;
     write = write + 1 == C::kStages ? 0 : write + 1;
   }
@@ -215,7 +285,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm(const GemmP
   Epilogue epilogue = p.epilogue;
   if (gridDim.y > 1) {
     epilogue.out = p.partial + static_cast<int64_t>(blockIdx.y) * p.m * p.n;
-    epilogue.out_dtype = FG_I32;
+    epilogue.out_dtype = FG_I32;  // also for the bits of fp32 sums
+    epilogue.float_sums = false;
     epilogue.shift = 0;
   }
   int32_t* staged = reinterpret_cast<int32_t*>(shared);
@@ -231,7 +302,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm(const GemmP
           for (int i = 0; i < 4; ++i) {
             const int row = 16 * (row_warp * C::kRowTiles + r) + lane / 4 + 8 * (i / 2);
             const int token = 8 * t + 2 * (lane % 4) + i % 2;
-            staged[token * C::kOutputPitch + row] = acc[r][t][i];
+            if constexpr (C::kGrouped)
+              staged[token * C::kOutputPitch + row] = __float_as_int(total[r][t][i]);
+            else
+              staged[token * C::kOutputPitch + row] = acc[r][t][i];
           }
     }
     __syncthreads();

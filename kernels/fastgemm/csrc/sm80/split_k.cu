@@ -19,7 +19,9 @@ __global__ void __launch_bounds__(kThreads)
     const int4 low = source[0], high = source[1];
     const int32_t values[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
-    for (int i = 0; i < 8; ++i) sum[i] += values[i];
+    for (int i = 0; i < 8; ++i)
+      sum[i] = epilogue.float_sums ? __float_as_int(__int_as_float(sum[i]) + __int_as_float(values[i]))
+                                   : sum[i] + values[i];
   }
   store8(epilogue, piece * 8 / epilogue.n, piece * 8 % epilogue.n, sum);
 }

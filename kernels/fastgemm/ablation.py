@@ -1,0 +1,177 @@
+"""Products that FastGEMM is compared with: what it saves by being per-channel, symmetric and fused.
+
+OdysseyLLM (arXiv 2311.09550, section 4.4 and its kernel comparison) argues that fine-grained scales, zero points and a
+separate unpacking step are what make W4A8 slow. These functions run exactly those on the same `mma.sync` kernel, so
+they compare with `w4a8_gemm(..., arch=80)`. CUDA only; not torch operators; for benchmarks, not for models.
+"""
+
+import torch
+
+from .checks import FLOAT_DTYPES, check_tensor
+from .cuda import _DTYPE_CODES, _aligned
+from .library import load
+from .ops import w8a8_gemm
+from .packing import check_weight_size, pack, packed_shape
+
+GROUP_SIZE = 128
+_GROUPED, _ASYMMETRIC = 0, 1
+
+
+def pack_unsigned(w: torch.Tensor) -> torch.Tensor:
+    """Pack unsigned int4 values (uint8 [N, K] in 0..15) in the layout of `pack`, nibble for nibble.
+
+    Raises:
+        TypeError, ValueError: `w` has a wrong dtype, shape or value.
+    """
+    if w.dtype != torch.uint8:
+        raise TypeError(f"w must be a uint8 tensor, got {w.dtype}")
+    if w.numel() and int(w.max()) > 15:
+        raise ValueError(f"w must hold values in 0..15, found {int(w.max())}")
+    # Bit 3 as the sign: 8..15 become -8..-1, which have the same four bits.
+    return pack((w ^ 8).to(torch.int8) - 8)
+
+
+def _check(x, x_scale, w_packed, n: int, out_dtype: torch.dtype) -> int:
+    check_tensor("x", x, (torch.int8,), 2, x)
+    if not x.is_cuda:
+        raise ValueError(f"x must be on a CUDA device, got {x.device}")
+    k = x.shape[1]
+    check_weight_size(n, k)
+    check_tensor("x_scale", x_scale, (torch.float32,), 1, x)
+    if x_scale.shape[0] != x.shape[0]:
+        raise ValueError(f"x_scale must have shape [{x.shape[0]}], got {list(x_scale.shape)}")
+    check_tensor("w_packed", w_packed, (torch.uint8,), 3, x)
+    if tuple(w_packed.shape) != packed_shape(n, k):
+        raise ValueError(f"w_packed must have shape {list(packed_shape(n, k))}, got {list(w_packed.shape)}")
+    if not w_packed.is_contiguous() or w_packed.data_ptr() % 16 != 0:
+        raise ValueError("w_packed must be contiguous and 16-byte aligned")
+    if out_dtype not in FLOAT_DTYPES:
+        raise TypeError(f"out_dtype must be float16, bfloat16 or float32, got {out_dtype}")
+    return k
+
+
+def _launch(function, kind, x, x_scale, w_packed, weight_tensors, n, k, out_dtype) -> torch.Tensor:
+    library = load()
+    x, x_scale = _aligned(x), _aligned(x_scale)
+    m = x.shape[0]
+    out = x.new_empty(m, n, dtype=out_dtype)
+    with torch.cuda.device(x.device):
+        size = library.ablation_workspace_bytes(kind, m, n, k)
+        workspace = x.new_empty(max(size, 1), dtype=torch.uint8)
+        function(
+            library,
+            x.data_ptr(),
+            x_scale.data_ptr(),
+            w_packed.data_ptr(),
+            *(t.data_ptr() for t in weight_tensors),
+            out.data_ptr(),
+            m,
+            n,
+            k,
+            _DTYPE_CODES[out_dtype],
+            workspace.data_ptr(),
+            size,
+            torch.cuda.current_stream().cuda_stream,
+        )
+    return out
+
+
+def w4a8_grouped_gemm(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    w_packed: torch.Tensor,
+    group_scale: torch.Tensor,
+    out_dtype: torch.dtype = torch.float16,
+) -> torch.Tensor:
+    """Fine-grained W4A8: each group of 128 columns has its own scale, applied to its int32 sum in fp32.
+
+    y[m, n] = x_scale[m] * sum_g group_scale[g, n] * sum_(k in g) x[m, k] * w[n, k], groups added in order in fp32.
+
+    Args:
+        x: int8 [M, K], K a multiple of 128.
+        x_scale: fp32 [M].
+        w_packed: uint8, as `pack` returns it.
+        group_scale: fp32 [K / 128, N].
+        out_dtype: float16, bfloat16 or float32.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong dtype, shape, device or layout.
+    """
+    check_tensor("group_scale", group_scale, (torch.float32,), 2, x)
+    n = group_scale.shape[1]
+    k = _check(x, x_scale, w_packed, n, out_dtype)
+    if k % GROUP_SIZE != 0:
+        raise ValueError(f"K must be a multiple of {GROUP_SIZE}, got {k}")
+    if group_scale.shape[0] != k // GROUP_SIZE:
+        raise ValueError(f"group_scale must have shape [{k // GROUP_SIZE}, {n}], got {list(group_scale.shape)}")
+    function = type(load()).ablation_grouped_gemm
+    return _launch(function, _GROUPED, x, x_scale, w_packed, [group_scale.contiguous()], n, k, out_dtype)
+
+
+def w4a8_asymmetric_gemm(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    w_packed: torch.Tensor,
+    w_scale: torch.Tensor,
+    w_zero: torch.Tensor,
+    out_dtype: torch.dtype = torch.float16,
+) -> torch.Tensor:
+    """Asymmetric W4A8: the channel's zero point is subtracted from every weight before the product.
+
+    y[m, n] = x_scale[m] * w_scale[n] * sum_k x[m, k] * (w[n, k] - w_zero[n]), the sum exact in int32.
+
+    Args:
+        x: int8 [M, K].
+        x_scale: fp32 [M].
+        w_packed: uint8, as `pack_unsigned` returns it.
+        w_scale: fp32 [N].
+        w_zero: uint8 [N] in 0..15.
+        out_dtype: float16, bfloat16 or float32.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong dtype, shape, device or layout.
+    """
+    check_tensor("w_scale", w_scale, (torch.float32,), 1, x)
+    n = w_scale.shape[0]
+    k = _check(x, x_scale, w_packed, n, out_dtype)
+    check_tensor("w_zero", w_zero, (torch.uint8,), 1, x)
+    if w_zero.shape[0] != n:
+        raise ValueError(f"w_zero must have shape [{n}], got {list(w_zero.shape)}")
+    function = type(load()).ablation_asymmetric_gemm
+    tensors = [w_scale.contiguous(), w_zero.contiguous()]
+    return _launch(function, _ASYMMETRIC, x, x_scale, w_packed, tensors, n, k, out_dtype)
+
+
+def unpack_on_device(w_packed: torch.Tensor, n: int, k: int) -> torch.Tensor:
+    """`unpack` as one kernel: int8 [n, k] of a packed weight on a CUDA device.
+
+    Raises:
+        ValueError: `w_packed` has a wrong shape or device.
+    """
+    check_weight_size(n, k)
+    if not w_packed.is_cuda or w_packed.dtype != torch.uint8 or not w_packed.is_contiguous():
+        raise ValueError("w_packed must be a contiguous uint8 tensor on a CUDA device")
+    if tuple(w_packed.shape) != packed_shape(n, k):
+        raise ValueError(f"w_packed must have shape {list(packed_shape(n, k))}, got {list(w_packed.shape)}")
+    w = torch.empty(n, k, dtype=torch.int8, device=w_packed.device)
+    with torch.cuda.device(w_packed.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        load().ablation_unpack(w_packed.data_ptr(), w.data_ptr(), n, k, stream)
+    return w
+
+
+def w4a8_unfused_gemm(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    w_packed: torch.Tensor,
+    w_scale: torch.Tensor,
+    out_dtype: torch.dtype = torch.float16,
+    *,
+    arch: int = 0,
+) -> torch.Tensor:
+    """W4A8 in two kernels: the weight is unpacked to int8 in memory, then multiplied by `w8a8_gemm`.
+
+    Arguments as those of `w4a8_gemm`.
+    """
+    w = unpack_on_device(w_packed, w_scale.shape[0], x.shape[1])
+    return w8a8_gemm(x, x_scale, w, w_scale, None, out_dtype, arch=arch)
