@@ -50,8 +50,9 @@ def _check(x, x_scale, w_packed, n: int, out_dtype: torch.dtype) -> int:
     return k
 
 
-def _launch(function, kind, x, x_scale, w_packed, weight_tensors, n, k, out_dtype) -> torch.Tensor:
+def _launch(kind, x, x_scale, w_packed, weight_tensors, n, k, out_dtype) -> torch.Tensor:
     library = load()
+    function = library.ablation_grouped_gemm if kind == _GROUPED else library.ablation_asymmetric_gemm
     x, x_scale = _aligned(x), _aligned(x_scale)
     m = x.shape[0]
     out = x.new_empty(m, n, dtype=out_dtype)
@@ -59,7 +60,6 @@ def _launch(function, kind, x, x_scale, w_packed, weight_tensors, n, k, out_dtyp
         size = library.ablation_workspace_bytes(kind, m, n, k)
         workspace = x.new_empty(max(size, 1), dtype=torch.uint8)
         function(
-            library,
             x.data_ptr(),
             x_scale.data_ptr(),
             w_packed.data_ptr(),
@@ -104,8 +104,7 @@ def w4a8_grouped_gemm(
         raise ValueError(f"K must be a multiple of {GROUP_SIZE}, got {k}")
     if group_scale.shape[0] != k // GROUP_SIZE:
         raise ValueError(f"group_scale must have shape [{k // GROUP_SIZE}, {n}], got {list(group_scale.shape)}")
-    function = type(load()).ablation_grouped_gemm
-    return _launch(function, _GROUPED, x, x_scale, w_packed, [group_scale.contiguous()], n, k, out_dtype)
+    return _launch(_GROUPED, x, x_scale, w_packed, [group_scale.contiguous()], n, k, out_dtype)
 
 
 def w4a8_asymmetric_gemm(
@@ -137,9 +136,8 @@ def w4a8_asymmetric_gemm(
     check_tensor("w_zero", w_zero, (torch.uint8,), 1, x)
     if w_zero.shape[0] != n:
         raise ValueError(f"w_zero must have shape [{n}], got {list(w_zero.shape)}")
-    function = type(load()).ablation_asymmetric_gemm
     tensors = [w_scale.contiguous(), w_zero.contiguous()]
-    return _launch(function, _ASYMMETRIC, x, x_scale, w_packed, tensors, n, k, out_dtype)
+    return _launch(_ASYMMETRIC, x, x_scale, w_packed, tensors, n, k, out_dtype)
 
 
 def unpack_on_device(w_packed: torch.Tensor, n: int, k: int) -> torch.Tensor:

@@ -32,8 +32,9 @@ def _require_aligned_weight(name: str, w: torch.Tensor) -> None:
         raise ValueError(f"{name} must be {_ALIGNMENT}-byte aligned: call .clone() once, when the weight is made")
 
 
-def _gemm(function, kind, x, x_scale, w, w_scale, bias, out_dtype, arch, n, k):
+def _gemm(kind, x, x_scale, w, w_scale, bias, out_dtype, arch, n, k):
     library = load()
+    function = library.w4a8_gemm if kind == _W4A8 else library.w8a8_gemm
     x, x_scale, w_scale = _aligned(x), _aligned(x_scale), _aligned(w_scale)
     bias_pointer = 0
     if bias is not None:
@@ -50,7 +51,6 @@ def _gemm(function, kind, x, x_scale, w, w_scale, bias, out_dtype, arch, n, k):
             workspace_bytes = library.gemm_workspace_bytes(kind, rows, n, k, arch)
             workspace = x.new_empty(workspace_bytes, dtype=torch.uint8) if workspace_bytes else None
             function(
-                library,
                 x.data_ptr() + begin * k,
                 x_scale.data_ptr() + begin * 4,
                 w.data_ptr(),
@@ -73,16 +73,14 @@ def w4a8_gemm(x, x_scale, w_packed, w_scale, bias, out_dtype, arch=0):
     """CUDA implementation of `fastgemm::w4a8_gemm`."""
     n, k = check_w4a8_gemm(x, x_scale, w_packed, w_scale, bias, out_dtype, arch)
     _require_aligned_weight("w_packed", w_packed)
-    function = type(load()).w4a8_gemm
-    return _gemm(function, _W4A8, x, x_scale, w_packed, w_scale, bias, out_dtype, arch, n, k)
+    return _gemm(_W4A8, x, x_scale, w_packed, w_scale, bias, out_dtype, arch, n, k)
 
 
 def w8a8_gemm(x, x_scale, w, w_scale, bias, out_dtype, arch=0):
     """CUDA implementation of `fastgemm::w8a8_gemm`."""
     n, k = check_w8a8_gemm(x, x_scale, w, w_scale, bias, out_dtype, arch)
     _require_aligned_weight("w", w)
-    function = type(load()).w8a8_gemm
-    return _gemm(function, _W8A8, x, x_scale, w, w_scale, bias, out_dtype, arch, n, k)
+    return _gemm(_W8A8, x, x_scale, w, w_scale, bias, out_dtype, arch, n, k)
 
 
 def _quantized(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

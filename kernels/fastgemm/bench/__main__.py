@@ -30,6 +30,10 @@ EXIT_NO_GPU = 2
 EXIT_WRONG = 3
 
 
+def _first_line(failure: Exception) -> str:
+    return (str(failure).strip() or type(failure).__name__).splitlines()[0]
+
+
 def _prepare(kernel: Kernel, weights: Weights, l2_bytes: int) -> list[object]:
     copies = weight_copies(weights.n * weights.k * kernel.stored_bits / 8, l2_bytes)
     first = kernel.prepare(weights)
@@ -57,8 +61,8 @@ def _bench_size(
         except (RuntimeError, ValueError, TypeError, AssertionError) as failure:
             if isinstance(failure, FastGemmError):
                 raise
-            reason = (str(failure) or type(failure).__name__).splitlines()[0]
-            rows.append({"n": n, "k": k, "m": m, "kernel": kernel.name, "unavailable": f"failed: {reason}"})
+            reason = f"failed: {_first_line(failure)}"
+            rows.append({"n": n, "k": k, "m": m, "kernel": kernel.name, "unavailable": reason})
             continue
         timed.append((kernel, timer, error))
     monitor.take()
@@ -97,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
             except FastGemmError:
                 raise
             except Exception as failure:  # another library's failure is a row, not the end of the run
-                missing.append((kernel.name, f"failed to prepare: {str(failure).splitlines()[:1]}"))
+                missing.append((kernel.name, f"failed to prepare: {_first_line(failure)}"))
         for m in tokens:
             found = _bench_size(weights, m, prepared, options.rounds, bandwidth, monitor)
             found += [{"n": shape.n, "k": shape.k, "m": m, "kernel": n, "unavailable": why} for n, why in missing]
