@@ -312,6 +312,8 @@ __device__ __forceinline__ void consume(const Params& p, const CUtensorMap* out_
   StagePosition at;
   int shared_tiles = 0;
   ptx::grid_dependency_wait();
+  // Not earlier: whoever starts now can rely on everything before the preceding kernel being finished.
+  ptx::grid_launch_dependents();
   for (Schedule work(p); work.valid(p); work.advance(p)) {
     const Tile tile = tile_at(p, work.index);
     const int block_row = tile.row_tile * C::kRows + group * C::kBlocks * 64;
@@ -413,7 +415,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::fence_barrier_init();
   }
   __syncthreads();
-  ptx::grid_launch_dependents();
 
   if (threadIdx.x >= kConsumerThreads) {
     ptx::registers_decrease<40>();
