@@ -1,7 +1,12 @@
+import io
+
+import pandas as pd
 import pytest
 from rich.console import Console
 
+from experiments.__main__ import main
 from experiments.overview import overview, overview_markdown, plot_overview, print_overview
+from odyssey.record import write_json
 
 
 def _record(method, outcome="ok", value=None, size=None, **config):
@@ -69,3 +74,14 @@ def test_records_of_cells_that_died_early(missing):
     record = _record("rtn", outcome="killed")
     del record[missing]
     assert overview([record]).iloc[0]["outcome"] == "killed"
+
+
+def test_command_line_draws_from_records_on_disk(tmp_path, capsys):
+    for number, record in enumerate(RECORDS):
+        write_json(tmp_path / "tiny" / f"cell-{number}" / "record.json", record)
+    assert main(["overview", str(tmp_path), "--format", "csv", "--plot", str(tmp_path / "plot.png")]) == 0
+    table = pd.read_csv(io.StringIO(capsys.readouterr().out))
+    assert sorted(table["perplexity"].dropna()) == [20.0, 21.5, 22.5]
+    assert (tmp_path / "plot.svg").is_file()
+    assert main(["overview", str(tmp_path / "nothing")]) == 1
+    assert "no records under" in capsys.readouterr().err
