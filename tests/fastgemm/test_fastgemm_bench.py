@@ -100,6 +100,13 @@ def test_unknown_kernels_are_refused():
     assert [k.name for k in competitors.select(["fastgemm"])] == ["fastgemm", "cublas-fp16"]
 
 
+@pytest.mark.parametrize("text", ["", "0", "1,-2", "1,x", "1.5"])
+def test_token_counts_are_checked(text):
+    with pytest.raises(ValueError, match="--m takes positive numbers"):
+        bench._parse_tokens(text)
+    assert bench._parse_tokens("1, 16,") == [1, 16]
+
+
 @pytest.mark.gpu
 def test_small_run(tmp_path):
     path = tmp_path / "result.json"

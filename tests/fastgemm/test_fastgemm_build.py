@@ -20,18 +20,15 @@ spec.loader.exec_module(build)
 """
 
 FAKE_NVCC = """\
-#!/usr/bin/env python3
-import os, sys, time
-if "--version" in sys.argv:
-    print("fake compiler 1.0")
-    sys.exit()
-with open(os.environ["FAKE_NVCC_LOG"], "a") as log:
-    log.write(" ".join(sys.argv[1:]) + "\\n")
-if os.environ.get("FAKE_NVCC_FAIL"):
-    sys.exit("error: this does not compile")
-time.sleep(0.05)
-with open(sys.argv[sys.argv.index("-o") + 1], "w") as out:
-    out.write("compiled")
+#!/bin/sh
+case "$*" in *--version*) echo "fake compiler 1.0"; exit 0 ;; esac
+echo "$*" >> "$FAKE_NVCC_LOG"
+sleep 0.02
+if [ -n "$FAKE_NVCC_FAIL" ]; then echo "error: this does not compile" >&2; exit 1; fi
+while [ $# -gt 1 ]; do
+    if [ "$1" = "-o" ]; then printf compiled > "$2"; fi
+    shift
+done
 """
 
 

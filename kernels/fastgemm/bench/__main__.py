@@ -74,12 +74,19 @@ def _bench_size(
     return rows
 
 
+def _parse_tokens(text: str) -> list[int]:
+    entries = [e.strip() for e in text.split(",") if e.strip()]
+    if not entries or not all(e.isdigit() and int(e) > 0 for e in entries):
+        raise ValueError(f"--m takes positive numbers of tokens, separated by commas, got {text!r}")
+    return [int(e) for e in entries]
+
+
 def run(options: argparse.Namespace) -> int:
     """Run the benchmark; returns the exit code."""
     shapes = parse_shapes(options.shapes)
-    tokens = [int(m) for m in options.m.split(",")]
-    if min(tokens) < 1:
-        raise ValueError("--m takes positive numbers of tokens")
+    tokens = _parse_tokens(options.m)
+    if options.rounds < 1:
+        raise ValueError(f"--rounds must be at least 1, got {options.rounds}")
     kernels = select(["fastgemm", *filter(None, options.against.split(","))])
     monitor = Monitor()
     facts = environment(monitor)

@@ -6,7 +6,7 @@ namespace elementwise {
 namespace {
 
 template <typename T, int V, int kKept>
-__global__ void __launch_bounds__(max_threads(kKept), min_blocks(kKept))
+__global__ void __launch_bounds__(max_threads(kKept), min_blocks<T>(kKept))
     quantize_per_token(const T* x, int8_t* q, float* scale, int64_t k) {
   const int64_t row = blockIdx.x;
   const T* x_row = x + row * k;

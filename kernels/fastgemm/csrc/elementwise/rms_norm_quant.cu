@@ -26,7 +26,7 @@ __device__ __forceinline__ Vec<T, V> normalize(const Vec<T, V>& h, const Vec<T, 
 
 // residual_out may be the same memory as residual: every element is read and written by one thread.
 template <typename T, int V, int kKept>
-__global__ void __launch_bounds__(max_threads(kKept), min_blocks(kKept))
+__global__ void __launch_bounds__(max_threads(kKept), min_blocks<T>(kKept))
     rms_norm_quant(const T* x, const T* residual, const T* weight, float eps, T* residual_out, int8_t* q, float* scale,
                    int64_t k) {
   __shared__ float scratch[kMaxWarps];

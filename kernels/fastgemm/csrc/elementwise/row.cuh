@@ -10,6 +10,8 @@
 #include <cuda_runtime.h>
 #include <stdint.h>
 
+#include <type_traits>
+
 #include "../fastgemm.h"
 
 namespace fg {
@@ -54,7 +56,13 @@ constexpr int kMaxWarps = 32;
 // Threads of a block and blocks of a multiprocessor, which decide how many registers a thread may have: without the
 // second the compiler takes so many that too few rows are under way.
 __host__ __device__ constexpr int max_threads(int kept) { return kept > 0 ? 512 : 1024; }
-__host__ __device__ constexpr int min_blocks(int kept) { return kept == 1 ? 3 : kept == 2 ? 2 : 1; }
+
+template <typename T>
+__host__ __device__ constexpr int min_blocks(int kept) {
+  if (kept == 1) return 3;
+  // bfloat16 takes the compiler more registers to unpack, which a third block would not leave it.
+  return kept == 2 ? (std::is_same<T, __nv_bfloat16>::value ? 2 : 3) : 1;
+}
 
 constexpr int kReread = 0;
 constexpr int kInShared = -1;

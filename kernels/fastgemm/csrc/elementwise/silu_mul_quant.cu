@@ -23,7 +23,7 @@ __device__ __forceinline__ Vec<T, V> silu_mul(const Vec<T, V>& gate, const Vec<T
 }
 
 template <typename T, int V, int kKept>
-__global__ void __launch_bounds__(max_threads(kKept), min_blocks(kKept))
+__global__ void __launch_bounds__(max_threads(kKept), min_blocks<T>(kKept))
     silu_mul_quant(const T* gate_up, int8_t* q, float* scale, int64_t i) {
   const int64_t row = blockIdx.x;
   const T* gate = gate_up + row * 2 * i;
