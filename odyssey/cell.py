@@ -14,6 +14,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from fastgemm.build import BuildError
 from odyssey.config import RootConfig, dataset_of, register_schemas, validate
 from odyssey.errors import OdysseyError, UnsupportedError
 from odyssey.record import OK, RECORD_VERSION, model_directory_name, write_json
@@ -42,6 +43,8 @@ class Cell:
             self.record["outcome"] = OK
         except OdysseyError as error:
             self._fail(error.outcome, str(error))
+        except BuildError as error:
+            self._fail("unsupported", _first_line(error))
         except MemoryError:
             self._fail(
                 "oom", "host memory exhausted; use a smaller model, fewer calibration samples or a larger machine"
