@@ -50,7 +50,7 @@ def git_commit() -> str | None:
         return commit + ("-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         # A copied tree carries its commit in this variable.
-        return os.environ.get("ODYSSEY_GIT_COMMIT")
+        return os.environ.get("GIT_COMMIT")
 
 
 def peak_rss_bytes() -> int:
