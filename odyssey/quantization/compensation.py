@@ -22,12 +22,12 @@ MAX_DAMPING_RAISES = 6
 
 @dataclass
 class CompensationSettings:
-    """damping:           part of the Hessian's mean diagonal added to its diagonal.
+    """GPTQ's settings.
+
+    damping:           part of the Hessian's mean diagonal added to its diagonal.
     block_size:        columns whose errors are collected before the columns behind them are updated.
-    act_order:         quantize columns by falling Hessian diagonal (group scales then come from the original
-                       weight).
-    quantized_inputs:  build the Hessian from the int8 activations that the layer will see, where
-                       activation_bits is 8.
+    act_order:         quantize columns by falling Hessian diagonal; group scales then come from the original weight.
+    quantized_inputs:  build the Hessian from the int8 activations that the layer will see, where activation_bits is 8.
     """
 
     damping: float = 0.01
@@ -153,20 +153,18 @@ def gptq(
     settings = settings or CompensationSettings()
     out_features, in_features = weight.shape
     if hessian.shape != (in_features, in_features):
-        raise ValueError(
-            f"the Hessian has shape {tuple(hessian.shape)}, the weight {in_features} input features"
-        )
+        raise ValueError(f"the Hessian has shape {tuple(hessian.shape)}, the weight {in_features} input features")
     check_finite(weight, "weight")
     check_finite(hessian, "Hessian")
     original = weight.float()
     hessian = hessian.float()
 
+    # A dead column has no correlation with others: any positive diagonal does, and the mean of the live ones leaves
+    # the damping what it would be without it.
     dead = hessian.diagonal() == 0
     damped = hessian.clone()
-    damped.diagonal()[dead] = 1.0
-    # Dead columns must not weigh in the mean of the diagonal, whatever the activations' unit.
-    if bool(dead.any()) and not bool(dead.all()):
-        damped.diagonal()[dead] = hessian.diagonal()[~dead].mean()
+    live_mean = hessian.diagonal().sum() / (~dead).sum().clamp(min=1)
+    damped.diagonal()[dead] = torch.where(live_mean > 0, live_mean, 1.0)
     work = original.masked_fill(dead, 0.0)
 
     per_group = scales is None and scheme.group_size != PER_CHANNEL and not settings.act_order
@@ -186,9 +184,7 @@ def gptq(
 
     values = torch.empty_like(work)
     losses = torch.zeros(out_features, device=work.device)
-    for start, end in _column_blocks(
-        in_features, scheme.group_size if per_group else None, settings.block_size
-    ):
+    for start, end in _column_blocks(in_features, scheme.group_size if per_group else None, settings.block_size):
         errors = torch.empty(out_features, end - start, device=work.device)
         for column in range(start, end):
             group = groups[column]
@@ -212,9 +208,7 @@ def gptq(
 
     if order is not None:
         values = values[:, torch.argsort(order)]
-    quantized = QuantizedWeight(
-        values.to(torch.int8 if scheme.symmetric else torch.uint8), scales, scheme, zeros
-    )
+    quantized = QuantizedWeight(values.to(torch.int8 if scheme.symmetric else torch.uint8), scales, scheme, zeros)
     metrics = {
         "damping": damping,
         "dead_columns": int(dead.sum()),

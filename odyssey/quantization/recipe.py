@@ -82,9 +82,9 @@ class OdysseyMethod:
     def quantize_block(self, block: nn.Module, calibration: BlockCalibration | None) -> BlockResult:
         """Quantize all linear layers of `calibration.linear_groups`.
 
-        Metrics: step_seconds, `lwc` (losses per epoch, best epoch), `layers` (per layer: the metrics of
-        GPTQ, or the relative output error where a Hessian was at hand). Raises ValueError, naming the layer,
-        for weights or activations with NaN or Inf.
+        Metrics: step_seconds, `lwc` (losses per epoch, best epoch), `layers` (per layer: kept_range, the mean ratio
+        of its scales to the unclipped ones, and the metrics of `gptq`). Raises ValueError, naming the layer, for
+        weights or activations with NaN or Inf.
         """
         if calibration is None:
             if self.needs_calibration:
@@ -102,6 +102,9 @@ class OdysseyMethod:
 
         metrics: dict = {"step_seconds": {}, "layers": {name: {} for name in names}}
         scales = self._clip(block, calibration, names, metrics)
+        for name, clipped in scales.items():
+            unclipped, _ = minmax_grid(block.get_submodule(name).weight.detach(), self.scheme)
+            metrics["layers"][name]["kept_range"] = float((clipped / unclipped).mean())
         started = time.perf_counter()
         if self.settings.compensation == "gptq":
             weights = self._compensate(block, calibration, scales, metrics)
@@ -179,7 +182,7 @@ class OdysseyMethod:
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from error
                 layer["relative_error"] = relative_output_error(weight, weights[name], hessian)
-                metrics["layers"][name] = layer
+                metrics["layers"][name].update(layer)
         return weights
 
     def _clipped(self, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -155,6 +155,8 @@ def test_every_combination_gives_integers_and_json_metrics(model, clipping, comp
             assert torch.equal(weight.values, round_to_nearest(source.detach(), weight.scheme).values)
     metrics = json.loads(json.dumps(result.metrics))
     assert ("lwc" in metrics) == (clipping == "learned")
+    assert all(("kept_range" in layer) == (clipping != "none") for layer in metrics["layers"].values())
+    assert all(0.3 <= layer.get("kept_range", 1) <= 1 for layer in metrics["layers"].values())
     if compensation == "gptq":
         assert all(metrics["layers"][name]["damping"] == 0.01 for name in NAMES)
         assert all(0 < metrics["layers"][name]["relative_error"] < 0.2 for name in NAMES)
