@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 
@@ -373,3 +374,27 @@ def test_progress_and_a_loss_that_is_not_finite(model):
 def test_bad_settings_are_refused(changes):
     with pytest.raises(ValueError, match=f"lwc.{next(iter(changes))}"):
         LearnedClippingSettings(**changes)
+
+
+@pytest.mark.gpu
+def test_learning_on_cuda_is_deterministic_and_agrees_with_cpu(model):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    scheme, settings = QuantScheme(3), replace(PAPER, epochs=4)
+    expected = learn_clipping(model.model.layers[0], calibrate(model, 0), scheme, settings)
+    cuda_model = copy.deepcopy(model).cuda()
+    rotary = cuda_model.model.rotary_emb
+    runs = []
+    for _ in range(2):
+        calibration = calibrate(model, 0)
+        calibration.device = torch.device("cuda")
+        for field in ("inputs", "reference_inputs", "targets"):
+            setattr(calibration, field, [sample.cuda() for sample in getattr(calibration, field)])
+        calibration.forward = lambda block, hidden: block(
+            hidden, position_embeddings=rotary(hidden, torch.arange(hidden.shape[1], device="cuda")[None])
+        )
+        runs.append(learn_clipping(cuda_model.model.layers[0], calibration, scheme, settings))
+    assert runs[0].losses == runs[1].losses
+    assert all(torch.equal(runs[0].scales[name], runs[1].scales[name]) for name in runs[0].scales)
+    assert runs[0].losses == pytest.approx(expected.losses, rel=0.05)
+    assert min(runs[0].losses) < 0.97 * runs[0].losses[0]

@@ -284,3 +284,22 @@ def test_bad_activations_are_reported_with_the_layers_name():
     block.first.weight.data[0, 0] = float("inf")
     with pytest.raises(ValueError, match="the activations of second"):
         collect_hessians(block, ["first", "second"], lambda m, x: m(x), [torch.ones(1, 3, 6)], True)
+
+
+@pytest.mark.gpu
+def test_cuda_gives_the_integers_of_the_cpu():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    weight, hessian = random_weight(64, 256), hessian_of(correlated_inputs(2000, 256))
+    expected, _ = gptq(weight, hessian, QuantScheme(4, 64))
+    result, metrics = gptq(weight.cuda(), hessian.cuda(), QuantScheme(4, 64))
+    # A value at a rounding boundary may fall to the other side and move the rest of its row.
+    assert (result.values.cpu() == expected.values).float().mean() > 0.9
+    assert metrics["relative_error"] == pytest.approx(output_ratio(weight, expected, hessian), rel=0.05)
+
+
+def output_ratio(weight, quantized, hessian) -> float:
+    error = weight.double() - dequantize(quantized).double()
+    reference = weight.double()
+    h = hessian.double()
+    return float(((error @ h) * error).sum() / ((reference @ h) * reference).sum())
