@@ -13,6 +13,8 @@ from typing import Any
 METHODS: dict[str, tuple[str, str, str]] = {
     "fp16": ("baselines.fp16", "Fp16Settings", "Fp16Method"),
     "rtn": ("baselines.rtn", "RtnSettings", "RtnMethod"),
+    "smoothquant": ("baselines.smoothquant", "SmoothQuantSettings", "SmoothQuantMethod"),
+    "gptq": ("baselines.gptq", "GptqSettings", "GptqMethod"),
     "odyssey": ("odyssey.quantization.recipe", "OdysseySettings", "OdysseyMethod"),
 }
 

@@ -1,0 +1,92 @@
+"""GPTQ (arXiv 2210.17323): weight-only quantization with Hessian-based compensation, W4A16 with groups of 128.
+
+The mathematics is `odyssey.quantization.compensation.gptq`, which the W4A8 recipe shares. What makes it this baseline:
+groups whose scales come from the updated weights, Hessians of the inputs as they are (no int8 rounding), no clipping.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from odyssey.quantization.compensation import CompensationSettings, collect_hessians, gptq
+from odyssey.quantization.fake_quant import fake_quantized
+from odyssey.quantization.grid import check_finite
+from odyssey.quantization.method import BlockCalibration, BlockResult
+from odyssey.quantization.scheme import QuantizedWeight, QuantScheme
+
+
+@dataclass
+class GptqSettings:
+    """bits:        2..8.
+    group_size:  input features per scale; -1 for one scale per output channel.
+    symmetric:   without a zero point (what GPTQ checkpoints are usually deployed with).
+    act_order:   quantize columns by falling Hessian diagonal; the groups' scales are then those of the original
+                 weight (static groups), so that the deployed layout stays in order.
+    damping:     part of the Hessian's mean diagonal that is added to the diagonal; raised tenfold, and recorded,
+                 where the factorization fails.
+    block_size:  columns whose errors are collected before the columns behind them are updated.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = True
+    act_order: bool = False
+    damping: float = 0.01
+    block_size: int = 128
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"bits must be 2..8, not {self.bits}")
+        if not self.damping > 0:
+            raise ValueError(f"damping must be positive, not {self.damping}")
+        if self.block_size < 1:
+            raise ValueError(f"block_size must be at least 1, not {self.block_size}")
+
+
+class GptqMethod:
+    """GPTQ as a `Method`."""
+
+    name = "gptq"
+    needs_calibration = True
+
+    def __init__(self, settings: GptqSettings | None = None) -> None:
+        self.settings = settings or GptqSettings()
+        self.scheme = QuantScheme(
+            self.settings.bits, self.settings.group_size, self.settings.symmetric, activation_bits=16
+        )
+        self._compensation = CompensationSettings(
+            self.settings.damping, self.settings.block_size, self.settings.act_order, quantized_inputs=False
+        )
+
+    @torch.no_grad()
+    def quantize_block(self, block: nn.Module, calibration: BlockCalibration | None) -> BlockResult:
+        """Quantize the layers of `calibration.linear_groups`, group by group in execution order.
+
+        A group's Hessian comes from the quantized chain's inputs, with the groups before it already quantized. Metrics:
+        `layers`, per layer those of `compensation.gptq` (damping used, dead columns, loss, relative output error).
+        Raises ValueError, naming the layer, for weights or activations with NaN or Inf.
+        """
+        if calibration is None:
+            raise ValueError("gptq needs calibration data")
+        for name in calibration.linear_names():
+            check_finite(block.get_submodule(name).weight, f"the weight of {name}")
+        weights: dict[str, QuantizedWeight] = {}
+        metrics: dict[str, dict] = {}
+        for group in calibration.linear_groups:
+            calibration.report(f"gptq {', '.join(name.rpartition('.')[2] for name in group)}")
+            with fake_quantized(block, weights):
+                found = collect_hessians(
+                    block, group[:1], calibration.forward, calibration.inputs, quantized_inputs=False
+                )
+            for name in group:
+                weight = block.get_submodule(name).weight
+                try:
+                    weights[name], metrics[name] = gptq(
+                        weight, found[group[0]], self.scheme, settings=self._compensation
+                    )
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
+        return BlockResult(weights, metrics={"layers": metrics})
