@@ -34,6 +34,18 @@ __device__ __forceinline__ void bulk_load(uint32_t destination, const void* sour
       : "memory");
 }
 
+// Brings bytes into L2 without reading them: safe even where another kernel may still write them.
+__device__ __forceinline__ void bulk_prefetch(const void* source, uint32_t bytes, uint64_t policy) {
+  asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;" ::"l"(source), "r"(bytes), "l"(policy)
+               : "memory");
+}
+
+__device__ __forceinline__ void tensor_prefetch(const CUtensorMap* map, int inner, int outer, uint64_t policy) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.L2::cache_hint [%0, {%1, %2}], %3;" ::"l"(map), "r"(inner),
+               "r"(outer), "l"(policy)
+               : "memory");
+}
+
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
