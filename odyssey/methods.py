@@ -15,6 +15,7 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "rtn": ("baselines.rtn", "RtnSettings", "RtnMethod"),
     "smoothquant": ("baselines.smoothquant", "SmoothQuantSettings", "SmoothQuantMethod"),
     "gptq": ("baselines.gptq", "GptqSettings", "GptqMethod"),
+    "awq": ("baselines.awq", "AwqSettings", "AwqMethod"),
     "odyssey": ("odyssey.quantization.recipe", "OdysseySettings", "OdysseyMethod"),
 }
 
