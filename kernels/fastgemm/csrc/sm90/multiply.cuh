@@ -1,0 +1,119 @@
+// The main loops of a consumer warpgroup: pipeline stages -> int32 accumulators.
+#pragma once
+
+#include "../common/ptx_barrier.cuh"
+#include "../common/ptx_copy.cuh"
+#include "../common/ptx_wgmma.cuh"
+#include "config.cuh"
+#include "schedule.cuh"
+
+namespace fg::sm90 {
+
+__device__ __forceinline__ void release_stage(const Shared& s, int stage, int lane) {
+  if (lane == 0) ptx::barrier_arrive(s.empty + 8 * stage);
+}
+
+template <class C>
+__device__ __forceinline__ void pin(int (&acc)[C::kBlocks][C::kTokens / 2]) {
+#pragma unroll
+  for (int r = 0; r < C::kBlocks; ++r)
+#pragma unroll
+    for (int i = 0; i < C::kTokens / 2; ++i) ptx::wgmma_pin(acc[r][i]);
+}
+
+// Packed words of one stage -> registers: one 16-byte load per 64-row block and 64 reduction elements.
+template <class C>
+__device__ __forceinline__ void load_packed(uint4 (&raw)[2][C::kBlocks], uint32_t address) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h)
+#pragma unroll
+    for (int r = 0; r < C::kBlocks; ++r)
+      raw[h][r] = ptx::load_shared_16(address + r * (64 * kStepK / 2) + h * kPackedTile);
+}
+
+__device__ __forceinline__ void unpack(uint32_t (&a)[2][4], const uint4& w) {
+  a[0][0] = w.x & 0xF0F0F0F0u;
+  a[0][1] = (w.x << 4) & 0xF0F0F0F0u;
+  a[0][2] = w.y & 0xF0F0F0F0u;
+  a[0][3] = (w.y << 4) & 0xF0F0F0F0u;
+  a[1][0] = w.z & 0xF0F0F0F0u;
+  a[1][1] = (w.z << 4) & 0xF0F0F0F0u;
+  a[1][2] = w.w & 0xF0F0F0F0u;
+  a[1][3] = (w.w << 4) & 0xF0F0F0F0u;
+}
+
+// int4: the A fragments are double-buffered; those of one half step are built while the tensor cores run the other.
+template <class C>
+__device__ __forceinline__ void multiply_int4(int (&acc)[C::kBlocks][C::kTokens / 2], const Params& p, const Shared& s,
+                                              StagePosition& at, int steps, int group, int lane) {
+  const uint32_t thread_weights =
+      s.stages + C::kTokenBytes + group * C::kBlocks * (64 * kStepK / 2) + threadIdx.x % 128 * 16;
+  uint4 raw[2][C::kBlocks];
+  uint32_t fragment[2][C::kBlocks][2][4];
+  ptx::barrier_wait(s.full + 8 * at.stage, at.phase);
+  load_packed<C>(raw, thread_weights + at.stage * C::kStageBytes);
+  int previous = 0;
+  for (int step = 0; step < steps; ++step) {
+    const uint64_t tokens = ptx::swizzled_descriptor(s.stages + at.stage * C::kStageBytes);
+    const int current = at.stage;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int r = 0; r < C::kBlocks; ++r) unpack(fragment[h][r], raw[h][r]);
+#pragma unroll
+      for (int i = 0; i < 8 * C::kBlocks; ++i) ptx::wgmma_pin(fragment[h][i / 8][i / 4 % 2][i % 4]);
+      pin<C>(acc);
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int kk = 0; kk < 2; ++kk)
+#pragma unroll
+        for (int r = 0; r < C::kBlocks; ++r)
+          ptx::Wgmma<C::kTokens>::rs(acc[r], fragment[h][r][kk], tokens + 4 * h + 2 * kk, step | h | kk);
+      ptx::wgmma_commit();
+      if (h == 0) {
+        ptx::wgmma_wait<1>();
+        if (step > 0) release_stage(s, previous, lane);
+      } else {
+        at.advance(p.stages);
+        if (step + 1 < steps) {
+          ptx::barrier_wait(s.full + 8 * at.stage, at.phase);
+          load_packed<C>(raw, thread_weights + at.stage * C::kStageBytes);
+        }
+        ptx::wgmma_wait<1>();
+      }
+    }
+    previous = current;
+  }
+  ptx::wgmma_wait<0>();
+  pin<C>(acc);
+  release_stage(s, previous, lane);
+}
+
+template <class C>
+__device__ __forceinline__ void multiply_int8(int (&acc)[C::kBlocks][C::kTokens / 2], const Params& p, const Shared& s,
+                                              StagePosition& at, int steps, int group, int lane) {
+  int previous = 0;
+  for (int step = 0; step < steps; ++step) {
+    ptx::barrier_wait(s.full + 8 * at.stage, at.phase);
+    const uint32_t base = s.stages + at.stage * C::kStageBytes;
+    const uint64_t tokens = ptx::swizzled_descriptor(base);
+    const uint64_t weights = ptx::swizzled_descriptor(base + C::kTokenBytes + group * C::kBlocks * 64 * kStepK);
+    pin<C>(acc);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int kk = 0; kk < 4; ++kk)
+#pragma unroll
+      for (int r = 0; r < C::kBlocks; ++r)
+        ptx::Wgmma<C::kTokens>::ss(acc[r], weights + r * (64 * kStepK / 16) + 2 * kk, tokens + 2 * kk, step | kk);
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<1>();
+    if (step > 0) release_stage(s, previous, lane);
+    previous = at.stage;
+    at.advance(p.stages);
+  }
+  ptx::wgmma_wait<0>();
+  pin<C>(acc);
+  release_stage(s, previous, lane);
+}
+
+}  // namespace fg::sm90
