@@ -67,7 +67,7 @@ def _from_file(path: str | None) -> Corpus:
     try:
         if file.name.endswith(_DOCUMENT_SUFFIXES):
             return Corpus("file", list(_documents(file)), file.name)
-        return Corpus("file", file.read_text(encoding="utf-8").split("\n"), file.name)
+        return Corpus("file", [file.read_text(encoding="utf-8")], file.name)
     except UnicodeDecodeError as error:
         raise MissingDataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
 
