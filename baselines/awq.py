@@ -44,14 +44,15 @@ class AwqSettings:
     """bits:           2..8.
     group_size:     input features per scale; -1 for one scale per output channel.
     symmetric:      without a zero point.
-    search_tokens:  tokens (whole samples, evenly spaced) on which the scale search compares a module's outputs.
+    search_tokens:  tokens (whole samples, evenly spaced) on which the scale search compares a module's outputs; their
+                    inputs and outputs are held at a time. The authors' amount is 128 x 512.
     clip_tokens:    tokens (evenly spaced) of the clip search.
     """
 
     bits: int = 4
     group_size: int = 128
     symmetric: bool = False
-    search_tokens: int = 16384
+    search_tokens: int = 65536
     clip_tokens: int = 512
 
     def __post_init__(self) -> None:

@@ -50,7 +50,8 @@ def test_scales_are_those_of_the_equation(alpha):
 @pytest.mark.parametrize("alpha", [0.5, 0.85])
 def test_integers_are_those_of_the_smoothed_weights(alpha, kv_heads):
     model = make_model(kv_heads, outlier_factor=20.0)
-    block, calibration = model.model.layers[0], calibrate(model)
+    # Maxima are those of the full-precision chain; the quantized one is elsewhere.
+    block, calibration = model.model.layers[0], calibrate(model, drift=0.3)
     original = copy.deepcopy(block)
     inputs = layer_inputs(original, calibration, NAMES)
     result = SmoothQuantMethod(SmoothQuantSettings(alpha)).quantize_block(block, calibration)
