@@ -37,7 +37,7 @@ def run(config: DictConfig) -> None:
     hydra_config = HydraConfig.get()
     if hydra_config.mode == RunMode.MULTIRUN:
         note_cell(Path(hydra_config.sweep.dir), hydra_config.job.num, result.path, result.reused)
-    elif result.record["outcome"] != OK:
+    elif result.record is not None and result.record["outcome"] != OK:
         sys.exit(CELL_FAILED)
 
 

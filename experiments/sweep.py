@@ -20,7 +20,7 @@ def note_cell(sweep_dir: Path, job_number: int, record_path: Path, reused: bool)
 
 
 def sweep_records(sweep_dir: Path) -> list[dict]:
-    """Records of a sweep's cells, in the order of its jobs."""
+    """Records of a sweep's cells, in the order of its jobs; without the cells that retry=failed left out."""
     notes = [json.loads(path.read_text()) for path in sorted((sweep_dir / "cells").glob("*.json"))]
     records = [read_record(Path(note["record"])) for note in notes]
     return [record for record in records if record is not None]
@@ -40,6 +40,10 @@ class SweepSummary(Callback):
         global _exit_code
         sweep_dir = Path(config.hydra.sweep.dir)
         records = sweep_records(sweep_dir)
+        if not records and config.retry == "failed":
+            print("retry=failed: no cell of this sweep has a record; nothing was run")
+            _exit_code = 0
+            return
         if not records:
             _exit_code = 1
             return

@@ -8,12 +8,14 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from odyssey.data.task_names import close_task_names, is_known_task
 from odyssey.data.texts import DATASETS
 from odyssey.errors import ConfigError
 from odyssey.methods import METHODS, build_method, settings_class
 
 DEVICES = ("auto", "cpu", "cuda")
 ENGINES = ("none", "transformers")
+RETRIES = ("none", "failed")
 AUTO = "auto"
 
 
@@ -53,9 +55,15 @@ class PerplexityConfig:
 
 @dataclass
 class AccuracyConfig:
-    """perplexity: null leaves it out. simulate: fake quantization in place of the integers (labelled in the record)."""
+    """perplexity: null leaves it out. tasks: lm-eval tasks by name. limit: evaluate only the first so many items of each
+    task (null: all). num_fewshot: null takes each task's own (MMLU: 5). batch_size: requests per forward pass.
+    simulate: fake quantization in place of the integers (labelled in the record)."""
 
     perplexity: PerplexityConfig | None = None
+    tasks: list[str] = field(default_factory=list)
+    limit: int | None = None
+    num_fewshot: int | None = None
+    batch_size: int = 8
     simulate: bool = False
 
 
@@ -85,14 +93,17 @@ class TrackingConfig:
 
 @dataclass
 class DataConfig:
-    """root: directory with local copies of the data sets (layout: odyssey/data/texts.py)."""
+    """root: directory with local copies of the data sets (layout: odyssey/data/texts.py, odyssey/data/task_files.py)."""
 
     root: str | None = None
 
 
 @dataclass
 class RootConfig:
-    """One cell: a method on a model, what is measured, and where the record goes."""
+    """One cell: a method on a model, what is measured, and where the record goes.
+
+    retry: none runs every cell that has no record with outcome ok; failed runs only cells whose record says that
+    they did not end ok, and leaves out those without a record."""
 
     method: Any = MISSING
     model: ModelConfig = MISSING
@@ -105,6 +116,7 @@ class RootConfig:
     seed: int = 0
     device: str = AUTO
     force: bool = False
+    retry: str = "none"
 
 
 def register_schemas() -> None:
@@ -138,13 +150,16 @@ def validate(config: DictConfig) -> RootConfig:
         # The scheme speaks of weight_bits, the key is method.bits.
         raise ConfigError(f"method.{error}".replace("weight_bits", "bits")) from error
     groups = ("model", "calibration", "accuracy", "latency", "tracking", "data")
-    scalars = ("output_dir", "seed", "device", "force")
+    scalars = ("output_dir", "seed", "device", "force", "retry")
     root = RootConfig(
         method=settings,
         **{name: OmegaConf.to_object(config[name]) for name in groups},
         **{name: config[name] for name in scalars},
     )
     _check_choice("device", root.device, DEVICES)
+    _check_choice("retry", root.retry, RETRIES)
+    if root.force and root.retry == "failed":
+        raise ConfigError("retry=failed: cannot be combined with force=true, which runs finished cells again, too")
     _check_choice("latency.engine", root.latency.engine, ENGINES)
     _check_choice("tracking.backend", root.tracking.backend, ("none", "wandb"))
     _check_choice("tracking.mode", root.tracking.mode, ("offline", "online"))
@@ -154,6 +169,7 @@ def validate(config: DictConfig) -> RootConfig:
         _check_at_least("accuracy.perplexity.window", root.accuracy.perplexity.window, 2)
         if root.accuracy.perplexity.max_windows is not None:
             _check_at_least("accuracy.perplexity.max_windows", root.accuracy.perplexity.max_windows, 1)
+    _check_tasks(root.accuracy)
     for key, value in (
         ("calibration.num_samples", root.calibration.num_samples),
         ("calibration.seqlen", root.calibration.seqlen),
@@ -185,6 +201,19 @@ def _check_dataset(key: str, group: CalibrationConfig | PerplexityConfig) -> Non
         raise ConfigError(f"{key}.path: must name a file when {key}.dataset=file")
     if group.path is not None and group.dataset not in (AUTO, "file"):
         raise ConfigError(f"{key}.path: cannot be combined with {key}.dataset={group.dataset}; leave the dataset out")
+
+
+def _check_tasks(group: AccuracyConfig) -> None:
+    for key, value, minimum in (("limit", group.limit, 1), ("num_fewshot", group.num_fewshot, 0)):
+        if value is not None:
+            _check_at_least(f"accuracy.{key}", value, minimum)
+    _check_at_least("accuracy.batch_size", group.batch_size, 1)
+    for name in group.tasks:
+        if group.tasks.count(name) > 1:
+            raise ConfigError(f"accuracy.tasks: {name} is named twice")
+        if not is_known_task(name):
+            close = ", ".join(close_task_names(name))
+            raise ConfigError(f"accuracy.tasks: lm-eval has no task {name}" + (f"; close: {close}" if close else ""))
 
 
 def dataset_of(group: CalibrationConfig | PerplexityConfig, model: ModelConfig, default: str) -> str:

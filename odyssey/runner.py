@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import datetime
 import os
+import socket
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,9 +24,11 @@ _LOG_TAIL_LINES = 20
 
 @dataclass
 class CellResult:
-    """How a cell ended: its record, where it is, and whether it was there before."""
+    """How a cell ended: its record, where it is, and whether it was there before.
 
-    record: dict
+    record is None only for a cell that retry=failed left out."""
+
+    record: dict | None
     path: Path
     reused: bool
 
@@ -58,6 +60,9 @@ def run_cell(config: DictConfig) -> CellResult:
     if existing is not None and existing["outcome"] == OK and not root.force:
         print(f"{label}: record found, nothing to do (force=true runs it again): {record_path}")
         return CellResult(existing, record_path, reused=True)
+    if existing is None and root.retry == "failed":
+        print(f"{label}: left out, it has no record that failed (retry=none runs it)")
+        return CellResult(None, record_path, reused=False)
     directory.mkdir(parents=True, exist_ok=True)
     record_path.unlink(missing_ok=True)
     print(f"{label}: running, log in {directory / LOG_NAME}", flush=True)
@@ -79,7 +84,7 @@ def _run_child(config: DictConfig, directory: Path, digest: str) -> dict:
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*_source_roots(), environment.get("PYTHONPATH")]))
     if sys.stdout.isatty():
         environment["ODYSSEY_PROGRESS"] = "terminal"
-    started, clock = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.monotonic()
+    started = _now()
     with (directory / LOG_NAME).open("wb") as log:
         child = subprocess.Popen(
             [sys.executable, "-m", "odyssey.cell", str(config_path), str(record_path), digest],
@@ -92,26 +97,43 @@ def _run_child(config: DictConfig, directory: Path, digest: str) -> dict:
                 if line.startswith((b"quantizing", b"perplexity", b"latency")):
                     print("  " + line.decode(errors="replace").rstrip(), flush=True)
             code = child.wait()
-        except BaseException:
+        except BaseException as error:
             child.kill()
             child.wait()
+            if read_record(record_path) is None:
+                # retry=failed has to find what an interrupt left behind.
+                reason = f"stopped by {type(error).__name__}; run again to resume"
+                write_json(record_path, _end_without_record(config, directory, digest, "interrupted", reason, started))
             raise
     record = read_record(record_path)
-    if record is not None:
-        return record
-    record = {
+    if record is None:
+        outcome = "killed" if code < 0 else "failed"
+        record = _end_without_record(config, directory, digest, outcome, _death(code), started)
+        write_json(record_path, record)
+    return record
+
+
+def _end_without_record(
+    config: DictConfig, directory: Path, digest: str, outcome: str, reason: str, started: datetime.datetime
+) -> dict:
+    """The record of a cell whose process could not write one."""
+    now = _now()
+    return {
         "version": RECORD_VERSION,
         "digest": digest,
-        "outcome": "killed" if code < 0 else "failed",
-        "reason": _death(code),
-        "started": started,
-        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "outcome": outcome,
+        "reason": reason,
+        "started": started.isoformat(timespec="seconds"),
+        "finished": now.isoformat(timespec="seconds"),
         "config": OmegaConf.to_container(config, resolve=True),
-        "timings": {"total_s": time.monotonic() - clock},
+        "environment": {"host": socket.gethostname()},
+        "timings": {"total_s": (now - started).total_seconds()},
         "log_tail": (directory / LOG_NAME).read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:],
     }
-    write_json(record_path, record)
-    return record
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)
 
 
 def _death(code: int) -> str:

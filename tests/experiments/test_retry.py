@@ -1,0 +1,102 @@
+"""retry=failed: what is run again, what is left alone, and what a sweep with nothing to retry ends with."""
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+import odyssey.runner as runner
+from experiments import sweep
+from odyssey.config import register_schemas
+from odyssey.errors import ConfigError
+from odyssey.overrides import check_command_line
+from odyssey.record import read_record, write_json
+
+
+@pytest.fixture
+def cell(project_root, tmp_path):
+    """Runs one cell of the embedded model whose child is a stand-in; returns what the child was asked."""
+    register_schemas()
+
+    class Cell:
+        started = 0
+        outcome = "ok"
+
+        def __call__(self, *overrides):
+            with initialize_config_dir(str(project_root / "conf"), version_base="1.3"):
+                config = compose("config", overrides=["method=rtn", f"output_dir={tmp_path}", *overrides])
+            return runner.run_cell(config)
+
+        def child(self, config, directory, digest):
+            self.started += 1
+            record = {"outcome": self.outcome, "reason": "why", "config": {}, "digest": digest}
+            write_json(directory / runner.RECORD_NAME, record)
+            return record
+
+    return Cell()
+
+
+def test_only_cells_that_failed_are_run_again(cell, monkeypatch, capsys):
+    monkeypatch.setattr(runner, "_run_child", cell.child)
+    left_out = cell("retry=failed")
+    assert (left_out.record, cell.started) == (None, 0)
+    assert "left out" in capsys.readouterr().out
+    assert not left_out.path.parent.exists()
+
+    cell.outcome = "oom"
+    assert cell().record["outcome"] == "oom"
+    cell.outcome = "ok"
+    retried = cell("retry=failed")
+    assert (retried.record["outcome"], retried.reused, cell.started) == ("ok", False, 2)
+
+    again = cell("retry=failed")
+    assert (again.reused, cell.started) == (True, 2)
+
+
+def test_retry_is_no_part_of_what_a_cell_is(cell, monkeypatch):
+    monkeypatch.setattr(runner, "_run_child", cell.child)
+    assert cell().path == cell("retry=failed").path
+
+
+def test_an_interrupted_cell_leaves_a_record_that_is_retried(cell, monkeypatch):
+    class Child:
+        def __init__(self, *arguments, **options):
+            self.stdout = self
+            self.killed = False
+
+        def __iter__(self):
+            raise KeyboardInterrupt
+
+        def kill(self):
+            self.killed = True
+
+        def wait(self):
+            return -9
+
+    real = runner.subprocess.Popen
+    monkeypatch.setattr(runner.subprocess, "Popen", Child)
+    with pytest.raises(KeyboardInterrupt):
+        cell()
+    monkeypatch.setattr(runner.subprocess, "Popen", real)
+    monkeypatch.setattr(runner, "_run_child", cell.child)
+    (path,) = runner.Path(cell("retry=failed").path).parent.parent.glob("*/record.json")
+    assert cell.started == 1
+    assert read_record(path)["outcome"] == "ok"
+
+
+def test_what_is_refused(project_root):
+    register_schemas()
+    with pytest.raises(ConfigError, match="retry=all: allowed: none, failed"):
+        check_command_line(["retry=all"], project_root / "conf")
+    with pytest.raises(ConfigError, match="retry=failed: cannot be combined with force=true"):
+        check_command_line(["retry=failed", "force=true"], project_root / "conf")
+    check_command_line(["-m", "method=fp16,rtn", "retry=failed"], project_root / "conf")
+
+
+@pytest.mark.parametrize(("retry", "code"), [("failed", 0), ("none", 1)])
+def test_a_sweep_without_any_record(tmp_path, monkeypatch, capsys, retry, code):
+    monkeypatch.setattr(sweep, "_exit_code", -1)
+    sweep.note_cell(tmp_path, 0, tmp_path / "absent" / "record.json", reused=False)
+    config = OmegaConf.create({"retry": retry, "hydra": {"sweep": {"dir": str(tmp_path)}}})
+    sweep.SweepSummary().on_multirun_end(config)
+    assert sweep.sweep_exit_code() == code
+    assert ("nothing was run" in capsys.readouterr().out) == (retry == "failed")
