@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from odyssey.quantization.activations import ActivationStore, stores_fit_in_memo
 from odyssey.quantization.checkpoint import MANIFEST_NAME, CheckpointWriter, read_manifest
 from odyssey.quantization.linear import replace_linears
 from odyssey.quantization.method import BlockCalibration, BlockResult, Method
+from odyssey.quantization.scheme import QuantizedWeight
 
 
 @dataclass
@@ -218,18 +219,15 @@ def _install(architecture: LlamaFamily, reader: CheckpointReader, index: int, re
     Built from the checkpoint's weights again, so that a resumed run (which has no method at work) gets the same block.
     """
     block = architecture.load_block(reader, index, device)
-    weights = {name: _moved(weight, device) for name, weight in result.weights.items()}
-    replace_linears(block, weights)
+    # Changed tensors first: once a layer is quantized its bias is a buffer of the quantized layer.
     for name, tensor in _kept(architecture, reader, index, result).items():
         if name in result.tensors:
-            shipped = result.tensors[name].to(tensor.dtype)
-            block.get_parameter(name).data.copy_(shipped)
+            block.get_parameter(name).data.copy_(result.tensors[name].to(tensor.dtype))
+    replace_linears(block, {name: _moved(weight, device) for name, weight in result.weights.items()})
     return block
 
 
-def _moved(weight, device: torch.device):
-    from dataclasses import replace
-
+def _moved(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
     zeros = None if weight.zeros is None else weight.zeros.to(device)
     return replace(weight, values=weight.values.to(device), scales=weight.scales.to(device), zeros=zeros)
 

@@ -177,6 +177,20 @@ def test_a_killed_run_resumes_with_identical_integers(finished, source, tmp_path
         assert torch.equal(tensor, resumed[name]), name
 
 
+def test_models_with_biases_resume_too(tmp_path):
+    directory = write_checkpoint(tmp_path / "qwen", layers=2, family="qwen2")
+    source = resolve_model("qwen", path=str(directory))
+    _quantize(source, tmp_path / "whole")
+    for file in (tmp_path / "whole").iterdir():
+        if file.name not in (MANIFEST_NAME, shard_name(1)):
+            (tmp_path / "resumed").mkdir(exist_ok=True)
+            (tmp_path / "resumed" / file.name).write_bytes(file.read_bytes())
+    assert _quantize(source, tmp_path / "resumed").resumed_blocks == 1
+    whole, resumed = _tensors(tmp_path / "whole"), _tensors(tmp_path / "resumed")
+    assert any(name.endswith("q_proj.bias") for name in whole)
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+
+
 def test_a_damaged_block_is_made_again(finished, source, tmp_path):
     for file in finished[0].iterdir():
         if file.name != MANIFEST_NAME:
