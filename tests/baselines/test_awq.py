@@ -291,7 +291,7 @@ def test_search_tokens_bound_the_samples_that_are_compared():
 @pytest.mark.parametrize("case", [
     {"layers": 2, "kv_heads": 2},
     {"layers": 2, "kv_heads": 4, "dtype": torch.bfloat16},
-    {"layers": 1, "kv_heads": 4, "family": "qwen2"},
+    {"layers": 2, "kv_heads": 4, "family": "qwen2"},
 ], ids=["grouped-query", "multi-head", "biases"])  # fmt: skip
 def test_checkpoint_round_trip(case, tmp_path):
     source = resolve_model("random", path=str(write_checkpoint(tmp_path / "source", **case)))
