@@ -21,7 +21,8 @@ def track_cell(tracking: TrackingConfig, record: dict, directory: Path, output_d
 def _track(tracking: TrackingConfig, record: dict, directory: Path, output_dir: Path) -> None:
     import wandb
 
-    name = f"{record['config']['model']['name']} {record['config']['method']['name']}"
+    model = record.get("model", {}).get("name", record["config"]["model"]["name"])
+    name = f"{model} {record['config']['method']['name']}"
     run = wandb.init(
         project=tracking.project, entity=tracking.entity, group=tracking.group, mode=tracking.mode,
         dir=str(directory), name=name, config=record["config"], reinit="finish_previous",
