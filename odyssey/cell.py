@@ -23,8 +23,11 @@ from odyssey.record import OK, RECORD_VERSION, model_directory_name, write_json
 class Cell:
     """Runs the stages of a cell and collects the record as it goes, so that a failure keeps what was finished."""
 
-    def __init__(self, config: RootConfig, plain_config: dict, digest: str) -> None:
+    def __init__(self, config: RootConfig, plain_config: dict, digest: str, directory: Path | None = None) -> None:
+        """directory: where files beside the record go; default the one that odyssey.runner would use."""
         self.config = config
+        default = Path(config.output_dir) / model_directory_name(config) / f"{config.method.name}-{digest}"
+        self.directory = directory or default
         self.record: dict = {
             "version": RECORD_VERSION,
             "digest": digest,
@@ -94,13 +97,24 @@ class Cell:
         }
         self.tokenizer = load_tokenizer(self.source)
         checkpoint = self._timed("quantization_s", self._quantize)
-        if config.accuracy.perplexity is None and config.latency.engine == "none":
+        measurements = {
+            "perplexity_s": self._perplexity if config.accuracy.perplexity is not None else None,
+            "tasks_s": self._tasks if config.accuracy.tasks else None,
+            "latency_s": self._latency if config.latency.engine != "none" else None,
+        }
+        wanted = {key: measure for key, measure in measurements.items() if measure is not None}
+        if not wanted:
             return
         model = self._timed("load_s", lambda: self._load(checkpoint))
-        if config.accuracy.perplexity is not None:
-            self._timed("perplexity_s", lambda: self._perplexity(model))
-        if config.latency.engine != "none":
-            self._timed("latency_s", lambda: self._latency(model))
+        failures: list[OdysseyError] = []
+        for key, measure in wanted.items():
+            try:
+                self._timed(key, lambda measure=measure: measure(model))
+            except OdysseyError as error:
+                # One data set that is not there costs no other measurement.
+                failures.append(error)
+        if failures:
+            raise type(failures[0])("; ".join(map(str, failures)))
 
     def _timed(self, key: str, stage):
         started = time.monotonic()
@@ -201,6 +215,25 @@ class Cell:
         result["simulated"] = self.config.accuracy.simulate
         self.record.setdefault("accuracy", {}).setdefault("perplexity", {})[dataset] = result
 
+    def _tasks(self, model) -> None:
+        from odyssey.accuracy.tasks import evaluate_tasks, remove_saved
+
+        config = self.config
+        if config.force:
+            remove_saved(self.directory)
+        identity = {
+            "model": self.source.fingerprint,
+            "checkpoint": self.record.get("quantization", {}).get("job"),
+            "arithmetic": self.record["method"]["arithmetic"],
+            "dtype": self.record["model"]["dtype"],
+            "device": str(self.device),
+        }
+        evaluate_tasks(
+            model, self.tokenizer, config.accuracy, self.record.setdefault("accuracy", {}).setdefault("tasks", {}),
+            directory=self.directory, cache=Path(config.output_dir) / "cache" / "tasks", data_root=config.data.root,
+            identity=identity, progress=self.progress,
+        )  # fmt: skip
+
     def _latency(self, model) -> None:
         from odyssey.latency.transformers_engine import measure
         from odyssey.models.load import load_model
@@ -258,7 +291,7 @@ def main(config_path: str, record_path: str, digest: str) -> int:
     register_schemas()
     config = OmegaConf.load(config_path)
     plain = OmegaConf.to_container(config)
-    record = Cell(_typed(config), plain, digest).run()
+    record = Cell(_typed(config), plain, digest, Path(record_path).parent).run()
     write_json(Path(record_path), record)
     if record["outcome"] != OK:
         print(f"{record['outcome']}: {record['reason']}", flush=True)

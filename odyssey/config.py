@@ -8,6 +8,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from odyssey.data.task_names import close_task_names, is_known_task
 from odyssey.data.texts import DATASETS
 from odyssey.errors import ConfigError
 from odyssey.methods import METHODS, build_method, settings_class
@@ -54,9 +55,15 @@ class PerplexityConfig:
 
 @dataclass
 class AccuracyConfig:
-    """perplexity: null leaves it out. simulate: fake quantization in place of the integers (labelled in the record)."""
+    """perplexity: null leaves it out. tasks: lm-eval tasks by name. limit: evaluate only so many items of each task
+    (null: all). num_fewshot: null takes each task's own (MMLU: 5). batch_size: requests per forward pass.
+    simulate: fake quantization in place of the integers (labelled in the record)."""
 
     perplexity: PerplexityConfig | None = None
+    tasks: list[str] = field(default_factory=list)
+    limit: int | None = None
+    num_fewshot: int | None = None
+    batch_size: int = 8
     simulate: bool = False
 
 
@@ -86,7 +93,7 @@ class TrackingConfig:
 
 @dataclass
 class DataConfig:
-    """root: directory with local copies of the data sets (layout: odyssey/data/texts.py)."""
+    """root: directory with local copies of the data sets (layout: odyssey/data/texts.py and task_files.py)."""
 
     root: str | None = None
 
@@ -162,6 +169,7 @@ def validate(config: DictConfig) -> RootConfig:
         _check_at_least("accuracy.perplexity.window", root.accuracy.perplexity.window, 2)
         if root.accuracy.perplexity.max_windows is not None:
             _check_at_least("accuracy.perplexity.max_windows", root.accuracy.perplexity.max_windows, 1)
+    _check_tasks(root.accuracy)
     for key, value in (
         ("calibration.num_samples", root.calibration.num_samples),
         ("calibration.seqlen", root.calibration.seqlen),
@@ -193,6 +201,21 @@ def _check_dataset(key: str, group: CalibrationConfig | PerplexityConfig) -> Non
         raise ConfigError(f"{key}.path: must name a file when {key}.dataset=file")
     if group.path is not None and group.dataset not in (AUTO, "file"):
         raise ConfigError(f"{key}.path: cannot be combined with {key}.dataset={group.dataset}; leave the dataset out")
+
+
+def _check_tasks(group: AccuracyConfig) -> None:
+    for key, value, minimum in (("limit", group.limit, 1), ("num_fewshot", group.num_fewshot, 0)):
+        if value is not None:
+            _check_at_least(f"accuracy.{key}", value, minimum)
+    _check_at_least("accuracy.batch_size", group.batch_size, 1)
+    for name in group.tasks:
+        if group.tasks.count(name) > 1:
+            raise ConfigError(f"accuracy.tasks: {name} is named twice")
+        if not is_known_task(name):
+            close = ", ".join(close_task_names(name)) or "none"
+            raise ConfigError(
+                f"accuracy.tasks: {name} is no lm-eval task or group (of a tag, name the tasks); similar names: {close}"
+            )
 
 
 def dataset_of(group: CalibrationConfig | PerplexityConfig, model: ModelConfig, default: str) -> str:
