@@ -36,7 +36,7 @@ def _rows(record: dict) -> list[dict]:
     base = {
         "_method": config["method"]["name"],
         "model": record.get("model", {}).get("name", config["model"]["name"]),
-        "method": _describe(config["method"]),
+        "method": describe_method(config["method"]),
         "format": method.get("label"),
         "outcome": record["outcome"],
         "size_mb": size["disk_bytes"] / 1e6 if size else None,
@@ -51,7 +51,7 @@ def _rows(record: dict) -> list[dict]:
     return [{**base, "dataset": dataset, "perplexity": result.get("value")} for dataset, result in results.items()]
 
 
-def _describe(method: dict) -> str:
+def describe_method(method: dict) -> str:
     """The method's name, with what makes an ablation of it."""
     name = method_name(method["name"])
     if method["name"] != "odyssey":

@@ -1,4 +1,4 @@
-"""How methods look in every table and figure: order, name, colour (Okabe-Ito, safe for colour blindness)."""
+"""How methods and kernels look in tables and figures: order, name, colour (Okabe-Ito, safe for colour blindness)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ _NAMES = {
     "gptq": "GPTQ",
     "smoothquant": "SmoothQuant",
     "odyssey": "OdysseyLLM",
+    "trtllm-fp16": "TensorRT-LLM FP16",
+    "trtllm-w8a8": "TensorRT-LLM W8A8",
 }
 _COLOURS = {
     "fp16": "#000000",
@@ -19,6 +21,24 @@ _COLOURS = {
     "smoothquant": "#CC79A7",
     "odyssey": "#D55E00",
 }
+# Kernels of fastgemm.bench: a kernel has the colour of the method that runs on it.
+_KERNELS = {
+    "fastgemm": ("FastGEMM W4A8", "#D55E00"),
+    "fastgemm-sm80": ("FastGEMM W4A8 (mma.sync)", "#A04000"),
+    "w8a8": ("W8A8", "#CC79A7"),
+    "w8a8-sm80": ("W8A8 (mma.sync)", "#885577"),
+    "cublas-fp16": ("cuBLAS FP16", "#000000"),
+    "int-mm": ("torch._int_mm W8A8", "#0072B2"),
+    "w4a16": ("torch W4A16 g128", "#009E73"),
+    "grouped": ("fine-grained g128", "#56B4E9"),
+    "asymmetric": ("asymmetric", "#E69F00"),
+    "unfused": ("unpack + GEMM", "#F0E442"),
+    "humming": ("humming W4A8", "#999999"),
+    "quik-w4a4": ("QUIK W4A4", "#009E73"),
+}
+PAPER_COLOUR = "#BBBBBB"
+COLUMN_WIDTH = 3.4  # inches, of a two-column page
+PAGE_WIDTH = 7.0
 
 
 def method_name(method: str) -> str:
@@ -32,3 +52,11 @@ def method_colour(method: str) -> str:
 def method_rank(method: str) -> int:
     """Position in tables; methods unknown to the paper come last."""
     return METHOD_ORDER.index(method) if method in METHOD_ORDER else len(METHOD_ORDER)
+
+
+def kernel_name(kernel: str) -> str:
+    return _KERNELS[kernel][0] if kernel in _KERNELS else kernel
+
+
+def kernel_colour(kernel: str) -> str:
+    return _KERNELS[kernel][1] if kernel in _KERNELS else "#999999"

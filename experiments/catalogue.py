@@ -1,0 +1,88 @@
+"""Every table and figure of the paper by name, each drawn from what was found.
+
+A new measurement enters here: give its table the measurements in place of the empty default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments.accuracy_tables import table2_lambada, table2_perplexity, table3_commonsense, table6_ablation
+from experiments.figures import draw_figure6, draw_figure7
+from experiments.gemm import figure7_table
+from experiments.latency_tables import figure6_table, table4_latency, table5_gemm
+from experiments.measured import Measurement, Protocol, perplexities
+from experiments.sources import Sources
+from experiments.table import Table
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which records a table is drawn from; None for any. dataset, window and text (the first digits of its SHA-256) are
+    perplexity's."""
+
+    model: str | None = None
+    dataset: str | None = None
+    window: int | None = None
+    text: str | None = None
+
+    def records(self, sources: Sources) -> list[dict]:
+        return [each for each in sources.records if self.model in (None, _model_of(each))]
+
+    def perplexities(self, sources: Sources) -> list[Measurement]:
+        found = perplexities(self.records(sources))
+        return [each for each in found if each.protocol is None or self._takes(each.protocol)]
+
+    def _takes(self, protocol: Protocol) -> bool:
+        return (
+            self.dataset in (None, protocol.dataset)
+            and self.window in (None, protocol.window)
+            and protocol.text.startswith(self.text or "")
+        )
+
+
+def _model_of(record: dict) -> str:
+    return record.get("model", {}).get("name") or record["config"]["model"]["name"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """help: one line. table: raises MixedProtocolsError. draw: writes the figure, for entries that have one."""
+
+    help: str
+    table: Callable[[Sources, Selection], Table]
+    draw: Callable[[Sources, Path], list[Path]] | None = None
+
+
+CATALOGUE: dict[str, Entry] = {
+    "table2_perplexity": Entry(
+        "perplexity by method and model",
+        lambda sources, selection: table2_perplexity(selection.perplexities(sources)),
+    ),
+    "table2_lambada": Entry(
+        "LAMBADA accuracy by method and model",
+        lambda sources, selection: table2_lambada(selection.records(sources)),
+    ),
+    "table3_commonsense": Entry(
+        "common-sense accuracy",
+        lambda sources, selection: table3_commonsense(selection.records(sources)),
+    ),
+    "table4_latency": Entry("end-to-end latency", lambda sources, selection: table4_latency()),
+    "table5_gemm": Entry("one GEMM against QUIK", lambda sources, selection: table5_gemm(sources.gemm)),
+    "table6_ablation": Entry(
+        "the recipe's steps, perplexity",
+        lambda sources, selection: table6_ablation(selection.perplexities(sources)),
+    ),
+    "figure6_speedup": Entry(
+        "speed-up of W4A8 over FP16",
+        lambda sources, selection: figure6_table(),
+        lambda sources, path: draw_figure6(path),
+    ),
+    "figure7_gemm_kinds": Entry(
+        "kinds of W4A8 GEMM",
+        lambda sources, selection: figure7_table(sources.gemm),
+        lambda sources, path: draw_figure7(path, sources.gemm),
+    ),
+}

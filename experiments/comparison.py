@@ -1,0 +1,53 @@
+"""Joins measurements with the paper's figures into a table: our figure, the paper's, the difference, the provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from experiments.measured import Measurement
+from experiments.table import Column, Table
+
+NOT_RUN, NOT_REPORTED = "not run", "not reported"
+LEGEND = (
+    f"measured: from records, {NOT_RUN} where there is none; paper: as reported, {NOT_REPORTED} where the figure was "
+    "not available; difference: measured - paper."
+)
+
+
+def comparison_table(
+    name: str,
+    title: str,
+    keys: tuple[Column, ...],
+    paper: dict[tuple, float],
+    measured: dict[tuple, list[Measurement]],
+    *,
+    labels: Callable[[tuple], tuple],
+    rank: Callable[[tuple], tuple],
+    number: str = "{:.2f}",
+    signed: str = "{:+.2f}",
+    notes: tuple[str, ...] = (),
+) -> Table:
+    """One row per cell and measurement of it; cells are those that the paper reports or that were measured.
+
+    keys: the columns in front; labels gives their texts for a cell, rank its place. A cell that did not end ok shows
+    its outcome in place of the figure.
+    """
+    columns = (
+        *keys,
+        Column("measured", "measured", number, absent=NOT_RUN),
+        Column("paper", "paper", number, absent=NOT_REPORTED),
+        Column("difference", "difference", signed),
+        Column("device", "device"),
+        Column("commit", "commit"),
+        Column("note", "note"),
+    )
+    rows = []
+    for cell in sorted({*paper, *measured}, key=rank):
+        figure = paper.get(cell)
+        if not measured.get(cell):
+            rows.append((*labels(cell), None, figure, None, None, None, None))
+        for each in measured.get(cell, ()):
+            difference = None if each.value is None or figure is None else each.value - figure
+            shown = each.outcome if each.value is None else each.value
+            rows.append((*labels(cell), shown, figure, difference, each.device, each.commit, each.note))
+    return Table(name, title, columns, tuple(rows), (LEGEND, *notes))

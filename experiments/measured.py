@@ -1,0 +1,256 @@
+"""What records say, as measurements: a value with its cell, its protocol and where it comes from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from odyssey.record import OK
+
+# What two records of one cell may differ in without that changing the result.
+_NEUTRAL = ("output_dir", "force", "retry", "tracking.", "data.", "latency.", "model.", "accuracy.")
+
+
+class MixedProtocolsError(Exception):
+    """Results that cannot be compared would share a column; the message says in one line which."""
+
+
+@dataclass(frozen=True, order=True)
+class Protocol:
+    """How a result was obtained. Only results of the same protocol share a column."""
+
+    dataset: str
+    text: str
+    settings: str
+    window: int | None = None
+
+    def __str__(self) -> str:
+        window = f"windows of {self.window} tokens, " if self.window else ""
+        return f"{self.dataset} (text {self.text[:8]}), {window}{self.settings}"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """value: None when the cell did not end ok, then outcome and note say why. model: as records call it. method: of
+    conf/method. format: W4A8, ... recipe: the steps of an Odyssey cell. tokens: hash of what was evaluated."""
+
+    model: str
+    method: str
+    format: str
+    recipe: str | None
+    value: float | None
+    outcome: str
+    device: str
+    commit: str | None
+    note: str | None
+    protocol: Protocol | None = None
+    tokens: str | None = None
+    config: dict | None = None
+
+
+def perplexities(records: Iterable[dict]) -> list[Measurement]:
+    """Perplexity of every cell that was asked for one; cells that did not end ok come without a value or protocol."""
+    found = []
+    for record in records:
+        results = record.get("accuracy", {}).get("perplexity", {})
+        for dataset, result in results.items():
+            limit = record["config"]["accuracy"]["perplexity"].get("max_windows")
+            limited = limit is not None and result["windows"] >= limit
+            settings = result["protocol"] + (f", only the first {limit} windows" if limited else "")
+            found.append(
+                _measurement(
+                    record,
+                    value=result["value"],
+                    protocol=Protocol(dataset, result["text_sha256"], settings, result["window"]),
+                    tokens=result["tokens_sha256"],
+                    simulated=result.get("simulated", False),
+                )
+            )
+        if not results and record["outcome"] != OK and asked_dataset(record["config"]):
+            found.append(_measurement(record))
+    return found
+
+
+def task_accuracies(records: Iterable[dict], task: str, scale: float = 1.0) -> list[Measurement]:
+    """The primary metric of an lm-eval task, times `scale`, of every cell that was asked for it."""
+    found = []
+    for record in records:
+        result = record.get("accuracy", {}).get("tasks", {}).get(task)
+        if result is not None:
+            protocol, simulated = _task_protocol(task, result), result.get("simulated", False)
+            value = None if result["value"] is None else result["value"] * scale
+            measurement = _measurement(record, value, protocol, simulated=simulated)
+            # lm-eval's metric may be NaN, which JSON has no word for.
+            found.append(measurement if value is not None else replace(measurement, outcome="not finite", note=None))
+        elif record["outcome"] != OK and task in (record["config"].get("accuracy", {}).get("tasks") or ()):
+            found.append(_measurement(record))
+    return found
+
+
+def task_averages(records: Iterable[dict], tasks: tuple[str, ...]) -> list[Measurement]:
+    """The mean over tasks of their primary metrics, of every cell that has them all."""
+    found = []
+    for record in records:
+        results = record.get("accuracy", {}).get("tasks", {})
+        if all(results.get(task, {}).get("value") is not None for task in tasks):
+            protocols = [_task_protocol(task, results[task]) for task in tasks]
+            protocol = Protocol(
+                "average of " + ", ".join(tasks),
+                hashlib.sha256("".join(each.text for each in protocols).encode()).hexdigest(),
+                "; ".join(each.settings for each in protocols),
+            )
+            value = sum(results[task]["value"] for task in tasks) / len(tasks)
+            simulated = any(results[task].get("simulated", False) for task in tasks)
+            found.append(_measurement(record, value, protocol, simulated=simulated))
+    return found
+
+
+def _task_protocol(task: str, result: dict) -> Protocol:
+    """The prompts' hash fixes items, their order and the few-shot examples."""
+    shots = f"{result['num_fewshot']}-shot" if result.get("num_fewshot") is not None else "the task's own shots"
+    settings = f"{result['metric']}, {shots}, version {result.get('version')}, {result['items']} items"
+    return Protocol(task, result["prompts_sha256"], settings)
+
+
+def asked_dataset(config: dict) -> str | None:
+    """The perplexity data set that a cell was asked for, as its result would have named it; None for none."""
+    group, model = config.get("accuracy", {}).get("perplexity"), config["model"]
+    if not group:
+        return None
+    if group.get("path"):
+        return "file"
+    if group.get("dataset", "auto") != "auto":
+        return group["dataset"]
+    return "embedded" if model["name"] == "tiny" and not model.get("path") else "wikitext2"
+
+
+def single_protocol(measurements: list[Measurement]) -> Protocol | None:
+    """The protocol that all measurements share; None when there is no value among them.
+
+    Raises MixedProtocolsError when they have several, or when a model was evaluated on different tokens.
+    """
+    protocols = defaultdict(list)
+    for measurement in measurements:
+        if measurement.protocol is not None:
+            protocols[measurement.protocol].append(measurement)
+    if len(protocols) > 1:
+        listed = "; ".join(f"{protocol}: {len(found)}" for protocol, found in sorted(protocols.items()))
+        raise MixedProtocolsError(
+            f"records of {len(protocols)} protocols cannot share a column ({listed}); "
+            "choose with --dataset, --text, --window or --model, or name fewer directories"
+        )
+    tokens = {}
+    for measurement in measurements:
+        if measurement.protocol is None:
+            continue
+        first = tokens.setdefault(measurement.model, measurement.tokens)
+        if first != measurement.tokens:
+            raise MixedProtocolsError(
+                f"{measurement.model} was evaluated on different tokens of the same text "
+                f"(tokens_sha256 {first[:8]} and {measurement.tokens[:8]}), by another tokenizer: they cannot share a "
+                "column; give the models different names (model.name)"
+            )
+    return next(iter(protocols), None)
+
+
+def with_differences(
+    measurements: list[Measurement], key: Callable[[Measurement], tuple]
+) -> dict[tuple, list[Measurement]]:
+    """Measurements by cell, in the order of their records. Where a cell has several, each note names the settings in
+    which they differ, so that nothing is chosen silently. A cell that has a value drops its failed attempts."""
+    cells = defaultdict(list)
+    for measurement in measurements:
+        cells[key(measurement)].append(measurement)
+    for name, found in cells.items():
+        found = [each for each in found if each.value is not None] or found[-1:]
+        flat = [_flatten(each.config or {}) for each in found]
+        keys = sorted({key for settings in flat for key in settings})
+        differing = [
+            key
+            for key in keys
+            if not key.startswith(_NEUTRAL) and len({repr(settings.get(key)) for settings in flat}) > 1
+        ]
+        cells[name] = [
+            replace(each, note=_joined([each.note, *(f"{key}={settings.get(key)}" for key in differing)]))
+            for each, settings in zip(found, flat, strict=True)
+        ]
+    return dict(cells)
+
+
+def recipe_of(config: dict) -> str | None:
+    """The steps of a cell of the ablation, as the paper names them: vanilla, LWC, LWC + GPTQ, ...; None otherwise."""
+    method = config["method"]
+    if method["name"] == "rtn":
+        return "vanilla" if method["symmetric"] else None
+    if method["name"] != "odyssey":
+        return None
+    steps = [
+        {"learned": "LWC", "search": "clip search"}.get(method["clipping"]),
+        {"gptq": "GPTQ"}.get(method["compensation"]),
+    ]
+    return " + ".join(step for step in steps if step) or "vanilla"
+
+
+def device_of(record: dict) -> str:
+    """GPU or CPU name, and the dtype of what is not quantized."""
+    environment = record.get("environment", {})
+    gpu = environment.get("gpu")
+    on_gpu = gpu and not str(record.get("device", "")).startswith("cpu")
+    name = gpu["name"] if on_gpu else environment.get("cpu") or "CPU"
+    dtype = record.get("model", {}).get("dtype")
+    return f"{name}, {dtype}" if dtype else name
+
+
+def short_commit(commit: str | None) -> str | None:
+    """Seven digits, and whether tracked files differed from the commit."""
+    if not commit:
+        return None
+    return commit[:7] + ("-dirty" if commit.endswith("-dirty") else "")
+
+
+def _measurement(record: dict, value=None, protocol=None, tokens=None, simulated=False) -> Measurement:
+    config, method = record["config"], record.get("method", {})
+    failed = None if value is not None else f"{record['outcome']}: {record.get('reason')}"
+    simulated = simulated or method.get("arithmetic") == "simulated"
+    return Measurement(
+        model=record.get("model", {}).get("name") or config["model"]["name"],
+        method=config["method"]["name"],
+        format=method.get("label") or _format_of(config["method"]),
+        recipe=recipe_of(config),
+        value=value,
+        outcome=OK if value is not None else record["outcome"],
+        device=device_of(record),
+        commit=short_commit(record.get("environment", {}).get("git_commit")),
+        note=_joined(["simulated" if simulated else None, failed]),
+        protocol=protocol,
+        tokens=tokens,
+        config={**config, "checkpoint": record.get("model", {}).get("fingerprint")},
+    )
+
+
+def _format_of(method: dict) -> str:
+    """W4A8 and the like from the settings, for cells that ended before they said it themselves."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from odyssey.methods import build_method, settings_class
+
+    try:
+        settings = OmegaConf.merge(OmegaConf.structured(settings_class(method["name"])), method)
+        return build_method(method["name"], OmegaConf.to_object(settings)).scheme.label
+    except (OmegaConfBaseException, KeyError, ValueError):
+        # Settings of another version of the project.
+        return "unknown"
+
+
+def _flatten(config: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in config.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _joined(parts: Iterable[str | None]) -> str | None:
+    return ", ".join(part for part in parts if part) or None

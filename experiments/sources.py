@@ -1,0 +1,70 @@
+"""Finds what was measured: records of run.py and results of fastgemm.bench, in output or results directories."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from odyssey.record import RECORD_NAME, read_record
+
+GEMM_FORMAT = 1
+
+
+class SourceError(Exception):
+    """A file or directory that was named cannot be used; the message is one line."""
+
+
+@dataclass
+class Sources:
+    """records: of cells, oldest first, each with its own path under "path". gemm: results of fastgemm.bench, likewise.
+    skipped: "file: reason" for JSON files beside GEMM results that are something else."""
+
+    records: list[dict] = field(default_factory=list)
+    gemm: list[dict] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+
+def load_sources(directories: list[Path]) -> Sources:
+    """Everything under the directories, down to results/<device>/<model>/<cell>/record.json and results/<device>/gemm.
+
+    A cell that is found twice, as run and as committed, counts once. Raises SourceError for a directory that is absent.
+    """
+    sources, seen = Sources(), set()
+    for directory in directories:
+        if not directory.is_dir():
+            raise SourceError(f"{directory}: no such directory; name an output directory of run.py or results")
+        paths = {path for depth in range(4) for path in directory.glob("*/" * depth + RECORD_NAME)}
+        for path in sorted(paths):
+            record = read_record(path)
+            identity = record and (record.get("digest"), record.get("started"), record.get("finished"))
+            if record is not None and (None in identity or identity not in seen):
+                seen.add(identity)
+                sources.records.append({**record, "path": str(path)})
+        for pattern in ("*.json", "gemm/*.json", "*/gemm/*.json"):
+            for path in sorted(set(directory.glob(pattern)) - paths):
+                _add_gemm(sources, path, seen)
+    sources.records.sort(key=lambda record: record.get("started", ""))
+    return sources
+
+
+def load_gemm(paths: list[Path]) -> Sources:
+    """Results of fastgemm.bench by name. Raises SourceError for a file that is absent or no JSON."""
+    sources, seen = Sources(), set()
+    for path in paths:
+        if not path.is_file():
+            raise SourceError(f"{path}: no such file; python -m fastgemm.bench --json FILE writes one")
+        _add_gemm(sources, path, seen)
+    return sources
+
+
+def _add_gemm(sources: Sources, path: Path, seen: set) -> None:
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise SourceError(f"{path}: not a JSON file ({error})") from error
+    if not isinstance(document, dict) or document.get("format") != GEMM_FORMAT or "rows" not in document:
+        sources.skipped.append(f"{path}: not a result of fastgemm.bench (format {GEMM_FORMAT})")
+    elif path.resolve() not in seen:
+        seen.add(path.resolve())
+        sources.gemm.append({**document, "path": str(path)})
