@@ -46,11 +46,18 @@ class HarnessModel(HFLM):
     """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
-        # A copy: lm-eval adds a padding token where there is none.
+        prefix = None
+        if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+            # lm-eval conditions an empty context on this token and asks the tokenizer alone for it.
+            prefix = model.config.bos_token_id
+            if prefix is None:
+                raise UnsupportedError("accuracy.tasks: neither the tokenizer nor config.json has a BOS or EOS token")
         with _quiet():
+            # A copy of the tokenizer: lm-eval adds a padding token where there is none.
             super().__init__(
-                pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, softmax_dtype=torch.float32
-            )
+                pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size,
+                softmax_dtype=torch.float32, prefix_token_id=prefix,
+            )  # fmt: skip
         self.progress, self.title = Progress.silent(), ""
         self.requests = self.truncated = 0
 
@@ -107,7 +114,7 @@ def evaluate_task(
     limit: the first so many items, of each subtask for a group. num_fewshot: None takes the task's own number.
     Result: metric, value, stderr (the primary metric) and all of `metrics`; version, num_fewshot, items, requests,
     truncated_requests, prompts_sha256 (every request's context and continuation, in order), origin and data_sha256;
-    for a group the `subtasks`. Items: subtask -> document id -> {"doc": hash of the document, metric: value}.
+    for a group the `subtasks`. Items: subtask -> document id -> {"prompts": hash of its requests, metric: value}.
     Raises MissingDataError when the data cannot be had, UnsupportedError for a name that is a tag, for few-shot
     examples that could only come from the evaluated items, and ValueError when the model's log-likelihoods have NaN.
     """
@@ -229,14 +236,17 @@ def _check_finite(name: str, samples: dict[str, list[dict]]) -> None:
 
 
 def _prompts_sha256(samples: dict[str, list[dict]]) -> str:
-    content = [[task, [sample["arguments"] for sample in samples[task]]] for task in sorted(samples)]
+    return _sha256([[task, [sample["arguments"] for sample in samples[task]]] for task in sorted(samples)])
+
+
+def _sha256(content) -> str:
     return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
 
 
 def _items(samples: list[dict]) -> dict[str, dict]:
     items: dict[str, dict] = {}
     for sample in samples:
-        item = items.setdefault(str(sample["doc_id"]), {"doc": sample["doc_hash"][:16]})
+        item = items.setdefault(str(sample["doc_id"]), {"prompts": _sha256(sample["arguments"])[:16]})
         for metric in sample["metrics"]:
             label = metric if sample["filter"] == "none" else f"{metric},{sample['filter']}"
             item[label] = _plain(sample[metric])

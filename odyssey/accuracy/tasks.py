@@ -122,7 +122,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def read_items(directory: Path, result: dict) -> dict[str, dict]:
-    """Per-item results of a task: subtask -> document id -> {"doc": hash, metric: value}.
+    """Per-item results of a task: subtask -> document id -> {"prompts": hash, metric: value}.
 
     directory: the cell's; result: the record's entry of the task. Raises MissingDataError when the file is gone or is
     not the one that the record names.

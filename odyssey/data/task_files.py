@@ -121,7 +121,9 @@ def task_source(name: str, root: str | None, cache: Path) -> TaskSource:
     where = root or "DIR"
     copies = " and ".join(f"{where}/{file}" for file in names)
     hint = (
-        f"put a copy at {copies}" + ("" if root else " and set data.root=DIR") if names else "run where the hub answers"
+        f"put a copy at {copies}" + ("" if root else " and set data.root=DIR")
+        if names
+        else "run once where the hub answers, its cache serves later runs"
     )
     files = [Path(root).expanduser() / file for file in names] if root else []
     if files and all(file.is_file() for file in files):
