@@ -61,8 +61,12 @@ def run_cell(config: DictConfig) -> CellResult:
         print(f"{label}: record found, nothing to do (force=true runs it again): {record_path}")
         return CellResult(existing, record_path, reused=True)
     if existing is None and root.retry == "failed":
-        print(f"{label}: left out, it has no record that failed (retry=none runs it)")
-        return CellResult(None, record_path, reused=False)
+        failed = _failed_under_another_digest(config, directory)
+        if failed is None:
+            print(f"{label}: left out, it has no record that failed (retry=none runs it)")
+            return CellResult(None, record_path, reused=False)
+        if not directory.exists():
+            failed.rename(directory)
     directory.mkdir(parents=True, exist_ok=True)
     record_path.unlink(missing_ok=True)
     print(f"{label}: running, log in {directory / LOG_NAME}", flush=True)
@@ -75,6 +79,22 @@ def run_cell(config: DictConfig) -> CellResult:
     else:
         print(f"{label}: {record['outcome']}{took}: {record['reason']}", file=sys.stderr, flush=True)
     return CellResult(record, record_path, reused=False)
+
+
+def _failed_under_another_digest(config: DictConfig, directory: Path) -> Path | None:
+    """The directory of a cell of the same settings that failed: a model or text that was absent then, and is there now,
+    has changed the digest."""
+    wanted = _settings(OmegaConf.to_container(config, resolve=True))
+    method = directory.name.rpartition("-")[0]
+    for path in sorted(directory.parent.glob(f"{method}-*/{RECORD_NAME}")):
+        record = read_record(path)
+        if record is not None and record["outcome"] != OK and _settings(record["config"]) == wanted:
+            return path.parent
+    return None
+
+
+def _settings(config: dict) -> dict:
+    return {key: value for key, value in config.items() if key not in ("force", "retry", "output_dir", "tracking")}
 
 
 def _run_child(config: DictConfig, directory: Path, digest: str) -> dict:

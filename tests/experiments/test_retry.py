@@ -28,7 +28,8 @@ def cell(project_root, tmp_path):
 
         def child(self, config, directory, digest):
             self.started += 1
-            record = {"outcome": self.outcome, "reason": "why", "config": {}, "digest": digest}
+            plain = OmegaConf.to_container(config, resolve=True)
+            record = {"outcome": self.outcome, "reason": "why", "config": plain, "digest": digest}
             write_json(directory / runner.RECORD_NAME, record)
             return record
 
@@ -50,6 +51,22 @@ def test_only_cells_that_failed_are_run_again(cell, monkeypatch, capsys):
 
     again = cell("retry=failed")
     assert (again.reused, cell.started) == (True, 2)
+
+
+def test_a_cell_whose_model_has_appeared_since_it_failed(cell, monkeypatch, tmp_path):
+    monkeypatch.setattr(runner, "_run_child", cell.child)
+    monkeypatch.setattr(runner, "_fingerprint", lambda config: "unreadable")
+    cell.outcome = "missing-model"
+    failed = cell()
+    monkeypatch.setattr(runner, "_fingerprint", lambda config: "0123")
+    cell.outcome = "ok"
+    assert cell("retry=failed", "seed=1").record is None
+    retried = cell("retry=failed")
+    assert retried.record["outcome"] == "ok"
+    assert retried.path != failed.path
+    # The failure is not left behind beside the result.
+    assert not failed.path.parent.exists()
+    assert list(tmp_path.glob("*/*/record.json")) == [retried.path]
 
 
 def test_retry_is_no_part_of_what_a_cell_is(cell, monkeypatch):
