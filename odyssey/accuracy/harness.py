@@ -142,11 +142,9 @@ def evaluate_task(
     _check_finite(source.name, samples)
     name = source.name
     fewshot = {output["n-shot"][task] for task in loaded["tasks"]}
-    metric, metrics = _metrics(output["results"][name])
     result = {
-        "metric": metric,
-        **metrics[metric],
-        "metrics": metrics,
+        **_summary(output["results"][name]),
+        "metrics": _metrics(output["results"][name]),
         "version": output["versions"][name],
         "num_fewshot": fewshot.pop() if len(fewshot) == 1 else None,
         "items": sum(output["n-samples"][task]["effective"] for task in loaded["tasks"]),
@@ -163,12 +161,9 @@ def evaluate_task(
     }
     if loaded["groups"]:
         result["subtasks"] = {
-            task: {**dict(zip(("metric", "metrics"), _metrics(output["results"][task]), strict=True)),
-                   "items": output["n-samples"][task]["effective"]}
+            task: {**_summary(output["results"][task]), "items": output["n-samples"][task]["effective"]}
             for task in loaded["tasks"]
-        }  # fmt: skip
-        for subtask in result["subtasks"].values():
-            subtask.update(subtask.pop("metrics")[subtask["metric"]])
+        }
     return result, {task: _items(samples[task]) for task in loaded["tasks"]}
 
 
@@ -207,8 +202,8 @@ def _check_supported(name: str, task: Task) -> None:
         raise UnsupportedError(f"{name}: needs a multimodal model")
 
 
-def _metrics(results: dict) -> tuple[str, dict[str, dict]]:
-    """The primary metric's name and {metric: {"value", "stderr"}} from lm-eval's "metric,filter" keys."""
+def _metrics(results: dict) -> dict[str, dict]:
+    """{metric: {"value", "stderr"}} from lm-eval's "metric,filter" keys."""
     metrics = {}
     for key, value in results.items():
         name, comma, filter_name = key.partition(",")
@@ -216,10 +211,16 @@ def _metrics(results: dict) -> tuple[str, dict[str, dict]]:
             continue
         label = name if filter_name == "none" else key
         metrics[label] = {"value": _finite(value), "stderr": _finite(results.get(f"{name}_stderr,{filter_name}"))}
+    return metrics
+
+
+def _summary(results: dict) -> dict:
+    """The primary metric's name, value and standard error."""
+    metrics = _metrics(results)
     if not metrics:
-        raise UnsupportedError(f"{results.get('name')}: lm-eval has no metric for it")
+        raise UnsupportedError(f"{results['name']}: lm-eval has no metric for it")
     primary = next((name for name in PRIMARY_METRICS if name in metrics), next(iter(metrics)))
-    return primary, metrics
+    return {"metric": primary, **metrics[primary]}
 
 
 def _finite(value) -> float | None:
@@ -236,7 +237,11 @@ def _check_finite(name: str, samples: dict[str, list[dict]]) -> None:
 
 
 def _prompts_sha256(samples: dict[str, list[dict]]) -> str:
-    return _sha256([[task, [sample["arguments"] for sample in samples[task]]] for task in sorted(samples)])
+    digest = hashlib.sha256()
+    for task in sorted(samples):
+        for sample in samples[task]:
+            digest.update(f"{task} {sample['doc_id']} {_sha256(sample['arguments'])}\n".encode())
+    return digest.hexdigest()
 
 
 def _sha256(content) -> str:
