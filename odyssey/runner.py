@@ -114,7 +114,7 @@ def _run_child(config: DictConfig, directory: Path, digest: str) -> dict:
             for line in child.stdout:
                 log.write(line)
                 log.flush()
-                if line.startswith((b"quantizing", b"perplexity", b"latency")):
+                if line.startswith((b"quantizing", b"perplexity", b"latency", b"lm-eval", b"task ")):
                     print("  " + line.decode(errors="replace").rstrip(), flush=True)
             code = child.wait()
         except BaseException as error:
