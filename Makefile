@@ -11,6 +11,7 @@ help:
 	@echo "make test   set up, then run the tests"
 	@echo "make lint   ruff"
 	@echo "make test-slow   the tests that take minutes"
+	@echo "make tables  draw results/README.md from the committed records"
 	@echo "make bench  per-GEMM latency on this machine's GPU"
 
 setup: $(READY)
@@ -34,6 +35,9 @@ test-slow: setup
 
 lint: setup
 	$(BIN)/ruff check .
+
+tables: setup
+	$(BIN)/python -m experiments report
 
 bench: setup
 	$(BIN)/python -m fastgemm.bench
