@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass
+
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from odyssey.data.texts import Corpus, text_sha256
 from odyssey.errors import MissingDataError
-from odyssey.quantization.pipeline import CalibrationTokens
+
+
+@dataclass
+class CalibrationTokens:
+    """Token ids int64 [num_samples, seqlen] and where they come from (JSON-ready)."""
+
+    tokens: torch.Tensor
+    provenance: dict
+
+    def digest(self) -> str:
+        return hashlib.sha256(self.tokens.to(torch.int64).numpy().tobytes()).hexdigest()[:16]
 
 
 def sample_calibration(

@@ -17,9 +17,7 @@ def check_finite(tensor: torch.Tensor, name: str) -> None:
     """Raise ValueError naming `name` when `tensor` holds NaN or Inf (one host synchronization)."""
     bad = int((~torch.isfinite(tensor)).sum())
     if bad:
-        raise ValueError(
-            f"{name} holds {bad} NaN or Inf of {tensor.numel()} values; check the model and its dtype"
-        )
+        raise ValueError(f"{name} holds {bad} NaN or Inf of {tensor.numel()} values; check the model and its dtype")
 
 
 def group_range(weight: torch.Tensor, group_size: int = PER_CHANNEL) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,9 +57,7 @@ def symmetric_scales(absmax: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
     return torch.where(scales == 0, torch.ones_like(scales), scales)
 
 
-def asymmetric_scales(
-    low: torch.Tensor, high: torch.Tensor, scheme: QuantScheme
-) -> tuple[torch.Tensor, torch.Tensor]:
+def asymmetric_scales(low: torch.Tensor, high: torch.Tensor, scheme: QuantScheme) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales (float32) and zero points (uint8) of the range [min(low, 0), max(high, 0)].
 
     The range always holds 0, so that 0 is represented exactly and the zero point fits in `weight_bits`.

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from odyssey.data.calibration import CalibrationTokens
 from odyssey.models.architecture import LlamaFamily, block_linears
 from odyssey.models.reader import CheckpointReader
 from odyssey.models.source import ModelSource
@@ -27,17 +28,6 @@ from odyssey.quantization.checkpoint import MANIFEST_NAME, CheckpointWriter, rea
 from odyssey.quantization.linear import replace_linears
 from odyssey.quantization.method import BlockCalibration, BlockResult, Method
 from odyssey.quantization.scheme import QuantizedWeight
-
-
-@dataclass
-class CalibrationTokens:
-    """Token ids int64 [num_samples, seqlen] and where they come from (JSON-ready)."""
-
-    tokens: torch.Tensor
-    provenance: dict
-
-    def digest(self) -> str:
-        return hashlib.sha256(self.tokens.to(torch.int64).numpy().tobytes()).hexdigest()[:16]
 
 
 @dataclass

@@ -14,10 +14,11 @@ from helpers.checkpoints import write_checkpoint
 import odyssey
 from baselines.awq import AwqMethod, AwqSettings, awq_scales, scale_pairs, search_clipping
 from baselines.rtn import RtnMethod, RtnSettings
+from odyssey.data.calibration import CalibrationTokens
 from odyssey.methods import settings_dict
 from odyssey.models.load import load_model
 from odyssey.models.source import resolve_model
-from odyssey.quantization.pipeline import CalibrationTokens, quantize_checkpoint
+from odyssey.quantization.pipeline import quantize_checkpoint
 from odyssey.quantization.scheme import QuantScheme
 
 CPU = torch.device("cpu")

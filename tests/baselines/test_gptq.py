@@ -14,6 +14,7 @@ import baselines.gptq as gptq_module
 import odyssey
 from baselines.gptq import GptqMethod, GptqSettings
 from baselines.rtn import RtnMethod, RtnSettings
+from odyssey.data.calibration import CalibrationTokens
 from odyssey.methods import settings_dict
 from odyssey.models.architecture import LlamaFamily
 from odyssey.models.load import load_model
@@ -21,7 +22,7 @@ from odyssey.models.source import resolve_model
 from odyssey.quantization.compensation import CompensationSettings, gptq
 from odyssey.quantization.fake_quant import fake_quantized
 from odyssey.quantization.grid import dequantize
-from odyssey.quantization.pipeline import CalibrationTokens, quantize_checkpoint
+from odyssey.quantization.pipeline import quantize_checkpoint
 from odyssey.quantization.scheme import QuantScheme
 
 CPU = torch.device("cpu")

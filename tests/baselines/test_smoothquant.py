@@ -16,11 +16,12 @@ from baselines.folding import fold_into_linear, fold_into_norm, storable_quotien
 from baselines.observation import AbsMaximum, AbsMean, TokenSample, observe_inputs
 from baselines.rtn import RtnMethod, RtnSettings
 from baselines.smoothquant import SmoothQuantMethod, SmoothQuantSettings, smoothing_scales
+from odyssey.data.calibration import CalibrationTokens
 from odyssey.methods import settings_dict
 from odyssey.models.load import load_model
 from odyssey.models.source import resolve_model
 from odyssey.quantization.grid import dequantize
-from odyssey.quantization.pipeline import CalibrationTokens, quantize_checkpoint
+from odyssey.quantization.pipeline import quantize_checkpoint
 from odyssey.quantization.scheme import QuantScheme
 
 CPU = torch.device("cpu")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import odyssey
 from baselines.rtn import RtnMethod, RtnSettings
+from odyssey.data.calibration import CalibrationTokens
 from odyssey.errors import InvalidCheckpointError, UnsupportedError
 from odyssey.methods import settings_dict
 from odyssey.models.load import load_model
@@ -18,7 +19,7 @@ from odyssey.models.source import resolve_model
 from odyssey.quantization import activations
 from odyssey.quantization.checkpoint import MANIFEST_NAME, read_manifest, shard_name
 from odyssey.quantization.grid import dequantize, round_to_nearest
-from odyssey.quantization.pipeline import CalibrationTokens, quantize_checkpoint
+from odyssey.quantization.pipeline import quantize_checkpoint
 from odyssey.quantization.recipe import OdysseyMethod, OdysseySettings
 
 CPU = torch.device("cpu")

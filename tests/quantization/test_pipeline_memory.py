@@ -16,7 +16,8 @@ import torch
 from odyssey.environment import peak_rss_bytes
 from odyssey.methods import settings_dict
 from odyssey.models.source import resolve_model
-from odyssey.quantization.pipeline import CalibrationTokens, quantize_checkpoint
+from odyssey.data.calibration import CalibrationTokens
+from odyssey.quantization.pipeline import quantize_checkpoint
 from odyssey.quantization.recipe import OdysseyMethod, OdysseySettings
 
 settings = OdysseySettings(clipping="search")
