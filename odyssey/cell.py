@@ -143,7 +143,7 @@ class Cell:
             return None
         calibration = self._calibration(architecture) if method.needs_calibration else None
         settings = settings_dict(config.method)
-        digest = job_digest(self.source, settings, calibration, config.seed)
+        digest = job_digest(self.source, method, settings, calibration, config.seed)
         directory = Path(config.output_dir) / self.source.name / "checkpoints" / f"{method.name}-{digest}"
         if config.force:
             _remove(directory)

@@ -24,7 +24,7 @@ from odyssey.models.reader import CheckpointReader
 from odyssey.models.source import ModelSource
 from odyssey.progress import Progress
 from odyssey.quantization.activations import ActivationStore, stores_fit_in_memory
-from odyssey.quantization.checkpoint import MANIFEST_NAME, CheckpointWriter, read_manifest
+from odyssey.quantization.checkpoint import MANIFEST_NAME, CheckpointWriter, exclusive, read_manifest
 from odyssey.quantization.linear import replace_linears
 from odyssey.quantization.method import BlockCalibration, BlockResult, Method
 from odyssey.quantization.scheme import QuantizedWeight
@@ -76,11 +76,13 @@ class _Chains:
             store.close()
 
 
-def job_digest(source: ModelSource, method_settings: dict, calibration: CalibrationTokens | None, seed: int) -> str:
+def job_digest(
+    source: ModelSource, method: Method, method_settings: dict, calibration: CalibrationTokens | None, seed: int
+) -> str:
     """Identify the integers a job makes: same digest, same integers."""
     content = {
         "model": source.fingerprint,
-        "method": method_settings,
+        "method": {"name": method.name, **method_settings},
         "calibration": calibration.digest() if calibration else None,
         "seed": seed,
     }
@@ -108,11 +110,25 @@ def quantize_checkpoint(
         raise ValueError(f"method {method.name} needs calibration tokens")
     if not method.needs_calibration:
         calibration = None
+    with exclusive(output_dir):
+        return _quantize(source, method, method_settings, calibration, output_dir, device, seed, progress)
+
+
+def _quantize(
+    source: ModelSource,
+    method: Method,
+    method_settings: dict,
+    calibration: CalibrationTokens | None,
+    output_dir: Path,
+    device: torch.device,
+    seed: int,
+    progress: Progress | None,
+) -> QuantizationReport:
     started = time.monotonic()
     progress = progress or Progress.silent()
     architecture = LlamaFamily.from_directory(source.path)
     reader = CheckpointReader(source.path)
-    digest = job_digest(source, method_settings, calibration, seed)
+    digest = job_digest(source, method, method_settings, calibration, seed)
     writer = CheckpointWriter(output_dir, digest)
     if (output_dir / MANIFEST_NAME).is_file() and read_manifest(output_dir)["job"] == digest:
         return QuantizationReport(read_manifest(output_dir), 0.0, architecture.num_blocks)

@@ -178,6 +178,28 @@ def test_a_killed_run_resumes_with_identical_integers(finished, source, tmp_path
         assert torch.equal(tensor, resumed[name]), name
 
 
+def test_two_processes_make_one_checkpoint(finished, source, tmp_path):
+    script = f"""
+import sys
+from pathlib import Path
+sys.path[:0] = {sys.path!r}
+import test_pipeline as t
+from odyssey.models.source import resolve_model
+print("resumed", t._quantize(resolve_model("random", path={str(source.path)!r}), Path({str(tmp_path)!r})).resumed_blocks)
+"""
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", script], cwd=os.path.dirname(__file__), stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    outputs = [process.communicate()[0] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0]
+    assert sorted(output.split()[-1] for output in outputs) == ["0", str(LAYERS)]
+    expected, made = _tensors(finished[0]), _tensors(tmp_path)
+    assert all(torch.equal(tensor, made[name]) for name, tensor in expected.items())
+
+
 def test_models_with_biases_resume_too(tmp_path):
     directory = write_checkpoint(tmp_path / "qwen", layers=2, family="qwen2")
     source = resolve_model("qwen", path=str(directory))
