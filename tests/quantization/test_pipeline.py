@@ -185,7 +185,8 @@ from pathlib import Path
 sys.path[:0] = {sys.path!r}
 import test_pipeline as t
 from odyssey.models.source import resolve_model
-print("resumed", t._quantize(resolve_model("random", path={str(source.path)!r}), Path({str(tmp_path)!r})).resumed_blocks)
+source = resolve_model("random", path={str(source.path)!r})
+print("resumed", t._quantize(source, Path({str(tmp_path)!r})).resumed_blocks)
 """
     pair = [
         subprocess.Popen(
