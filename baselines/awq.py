@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from baselines.folding import fold_into_linear, fold_into_norm
-from baselines.observation import AbsMean, TokenSample, observe_inputs, record_calls
 from odyssey.quantization.compensation import HessianAccumulator
 from odyssey.quantization.fake_quant import FakeQuantLinear, swapped_modules
 from odyssey.quantization.grid import (
@@ -26,6 +25,7 @@ from odyssey.quantization.grid import (
     round_to_nearest,
 )
 from odyssey.quantization.method import BlockCalibration, BlockResult
+from odyssey.quantization.observation import AbsMean, TokenSample, observe_inputs, record_calls
 from odyssey.quantization.scheme import PER_CHANNEL, QuantizedWeight, QuantScheme
 
 # Exponents of the scale search: 0, 1/20, .., 19/20. The clip search shrinks by 0, 1/20, .., 9/20.
@@ -208,9 +208,7 @@ class AwqMethod:
             name: HessianAccumulator(block.get_submodule(name).in_features, calibration.device)
             for name in (pair.inspected for pair in pairs if not pair.behind_norm)
         }
-        observers = {
-            name: [means[name], sampled[name], *([grams[name]] if name in grams else [])] for name in firsts
-        }
+        observers = {name: [means[name], sampled[name], *([grams[name]] if name in grams else [])] for name in firsts}
         observe_inputs(block, observers, calibration.forward, samples)
         for name in firsts:
             check_finite(means[name].value, f"the mean activation of {name}")

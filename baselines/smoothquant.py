@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from baselines.folding import fold_into_norm
-from baselines.observation import AbsMaximum, observe_inputs
 from odyssey.quantization.fake_quant import fake_quantized
 from odyssey.quantization.grid import check_finite, round_to_nearest
 from odyssey.quantization.method import BlockCalibration, BlockResult
+from odyssey.quantization.observation import AbsMaximum, observe_inputs
 from odyssey.quantization.scheme import PER_CHANNEL, QuantizedWeight, QuantScheme
 
 # Smallest maximum of an activation or weight that goes into a scale.
@@ -49,9 +49,7 @@ class SmoothQuantSettings:
             raise ValueError(f"search_samples must be at least 1, not {self.search_samples}")
 
 
-def smoothing_scales(
-    activation_maximum: torch.Tensor, weights: list[torch.Tensor], alpha: float
-) -> torch.Tensor:
+def smoothing_scales(activation_maximum: torch.Tensor, weights: list[torch.Tensor], alpha: float) -> torch.Tensor:
     """s_j = max|X_j|^alpha / max|W_j|^(1 - alpha), float32 [in_features]; both maxima are at least 1e-5.
 
     activation_maximum: [in_features]; weights: [out_features, in_features] of all layers that read the input.
@@ -120,8 +118,7 @@ class SmoothQuantMethod:
             tensors.update(folded)
             smoothing[norm] = {"min": float(effective.min()), "max": float(effective.max())}
         weights: dict[str, QuantizedWeight] = {
-            name: round_to_nearest(block.get_submodule(name).weight, self.scheme)
-            for name in calibration.linear_names()
+            name: round_to_nearest(block.get_submodule(name).weight, self.scheme) for name in calibration.linear_names()
         }
         return BlockResult(weights, tensors, {"smoothing": smoothing})
 

@@ -118,8 +118,3 @@ class LlamaFamily:
             return output[0] if isinstance(output, tuple) else output
 
         return forward
-
-
-def block_linears(block: nn.Module, groups: tuple[tuple[str, ...], ...]) -> dict[str, nn.Linear]:
-    """The linear layers of a block by name, in execution order."""
-    return {name: block.get_submodule(name) for group in groups for name in group}

@@ -15,6 +15,7 @@ from torch import nn
 
 from odyssey.quantization.fake_quant import fake_quant_per_token
 from odyssey.quantization.grid import check_finite, dequantize, minmax_grid
+from odyssey.quantization.observation import observe_inputs
 from odyssey.quantization.scheme import PER_CHANNEL, QuantizedWeight, QuantScheme
 
 MAX_DAMPING_RAISES = 6
@@ -45,22 +46,21 @@ class CompensationSettings:
 class HessianAccumulator:
     """Running H = 2/N sum x x^T over N tokens, float32 [in_features, in_features]."""
 
-    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, in_features: int, device: torch.device | str = "cpu", quantized_inputs: bool = False) -> None:
+        self.quantized_inputs = quantized_inputs
         self.hessian = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.tokens = 0
 
     def add(self, x: torch.Tensor) -> None:
-        """Take in activations [..., in_features]."""
+        """Take in activations [..., in_features], as int8 per token if `quantized_inputs`."""
+        if self.quantized_inputs:
+            x = fake_quant_per_token(x)
         rows = x.detach().reshape(-1, x.shape[-1]).float()
         if rows.shape[0] == 0:
             return
         total = self.tokens + rows.shape[0]
         self.hessian.addmm_(rows.t(), rows, beta=self.tokens / total, alpha=2.0 / total)
         self.tokens = total
-
-
-class _StopForward(Exception):
-    """Ends a block's forward pass once the wanted activations have been seen."""
 
 
 def collect_hessians(
@@ -76,35 +76,11 @@ def collect_hessians(
     the order of execution among `names`. Raises ValueError, naming the layer, when its activations hold NaN
     or Inf.
     """
-    names = list(names)
-    accumulators = {
-        name: HessianAccumulator(module.in_features, module.weight.device)
-        for name, module in ((name, block.get_submodule(name)) for name in names)
-    }
-    seen: set[str] = set()
-
-    def hook(name: str):
-        def add(module, args):
-            x = args[0]
-            accumulators[name].add(fake_quant_per_token(x) if quantized_inputs else x)
-            seen.add(name)
-            if len(seen) == len(names):
-                raise _StopForward
-
-        return add
-
-    handles = [block.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
-    try:
-        with torch.no_grad():
-            for hidden in inputs:
-                seen.clear()
-                try:
-                    forward(block, hidden.float())
-                except _StopForward:
-                    continue
-    finally:
-        for handle in handles:
-            handle.remove()
+    accumulators = {}
+    for name in names:
+        layer = block.get_submodule(name)
+        accumulators[name] = HessianAccumulator(layer.in_features, layer.weight.device, quantized_inputs)
+    observe_inputs(block, {name: [accumulator] for name, accumulator in accumulators.items()}, forward, inputs)
     for name, accumulator in accumulators.items():
         check_finite(accumulator.hessian, f"the activations of {name}")
     return {name: accumulator.hessian for name, accumulator in accumulators.items()}

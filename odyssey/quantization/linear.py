@@ -7,7 +7,6 @@ from torch import nn
 
 import fastgemm
 from odyssey.quantization.grid import dequantize, quantize_activation_per_token
-from odyssey.quantization.packing import unpack_values
 from odyssey.quantization.scheme import PER_CHANNEL, QuantizedWeight, QuantScheme
 
 BACKENDS = ("integer", "simulate")
@@ -36,21 +35,6 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("zeros", weight.zeros)
         self.register_buffer("bias", bias)
         self.register_buffer("packed", None)
-
-    @classmethod
-    def from_stored(
-        cls,
-        stored: torch.Tensor,
-        scales: torch.Tensor,
-        zeros: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        scheme: QuantScheme,
-        in_features: int,
-        backend: str = "integer",
-    ) -> QuantizedLinear:
-        """Build from a checkpoint's tensors (see odyssey.quantization.checkpoint)."""
-        values = unpack_values(stored, scheme.weight_bits, in_features, signed=scheme.symmetric)
-        return cls(QuantizedWeight(values, scales, scheme, zeros), bias, backend)
 
     def weight(self) -> QuantizedWeight:
         """The integers, whatever layout the layer holds them in."""

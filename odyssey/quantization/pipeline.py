@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from odyssey.data.calibration import CalibrationTokens
-from odyssey.models.architecture import LlamaFamily, block_linears
+from odyssey.models.architecture import LlamaFamily
 from odyssey.models.reader import CheckpointReader
 from odyssey.models.source import ModelSource
 from odyssey.progress import Progress
@@ -236,10 +236,3 @@ def _install(architecture: LlamaFamily, reader: CheckpointReader, index: int, re
 def _moved(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
     zeros = None if weight.zeros is None else weight.zeros.to(device)
     return replace(weight, values=weight.values.to(device), scales=weight.scales.to(device), zeros=zeros)
-
-
-def linear_weight_count(architecture: LlamaFamily) -> int:
-    """Weights in all decoder linear layers: what 'bits per weight' is an average over."""
-    block = architecture.empty_model().model.layers[0]
-    linears = block_linears(block, architecture.linear_groups)
-    return architecture.num_blocks * sum(layer.weight.numel() for layer in linears.values())

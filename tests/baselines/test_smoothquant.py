@@ -13,7 +13,6 @@ from helpers.checkpoints import write_checkpoint
 
 import odyssey
 from baselines.folding import fold_into_linear, fold_into_norm, storable_quotient
-from baselines.observation import AbsMaximum, AbsMean, TokenSample, observe_inputs
 from baselines.rtn import RtnMethod, RtnSettings
 from baselines.smoothquant import SmoothQuantMethod, SmoothQuantSettings, smoothing_scales
 from odyssey.data.calibration import CalibrationTokens
@@ -21,6 +20,7 @@ from odyssey.methods import settings_dict
 from odyssey.models.load import load_model
 from odyssey.models.source import resolve_model
 from odyssey.quantization.grid import dequantize
+from odyssey.quantization.observation import AbsMaximum, AbsMean, TokenSample, observe_inputs
 from odyssey.quantization.pipeline import quantize_checkpoint
 from odyssey.quantization.scheme import QuantScheme
 
