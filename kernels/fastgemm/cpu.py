@@ -78,13 +78,13 @@ def _epilogue(
     return y.to(out_dtype)
 
 
-def w8a8_gemm(x, x_scale, w, w_scale, bias, out_dtype, arch=0):
+def w8a8_gemm(x, x_scale, w, w_scale, bias, out_dtype, arch=0, weights_ready=False):
     """CPU implementation of `fastgemm::w8a8_gemm`."""
     check_w8a8_gemm(x, x_scale, w, w_scale, bias, out_dtype, arch)
     return _epilogue(int8_matmul(x.contiguous(), w), x_scale, w_scale, bias, out_dtype)
 
 
-def w4a8_gemm(x, x_scale, w_packed, w_scale, bias, out_dtype, arch=0):
+def w4a8_gemm(x, x_scale, w_packed, w_scale, bias, out_dtype, arch=0, weights_ready=False):
     """CPU implementation of `fastgemm::w4a8_gemm`."""
     n, k = check_w4a8_gemm(x, x_scale, w_packed, w_scale, bias, out_dtype, arch)
     return _epilogue(_w4a8_accumulate(x, w_packed, n, k), x_scale, w_scale, bias, out_dtype)

@@ -16,6 +16,7 @@ from .library import load
 
 _DTYPE_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.int32: 2, torch.float32: 3}
 _W4A8, _W8A8 = 0, 1
+_WEIGHTS_READY = 0x100  # FG_WEIGHTS_READY
 _MAX_ROWS_PER_LAUNCH = 65536
 _ALIGNMENT = 16
 
@@ -69,18 +70,18 @@ def _gemm(kind, x, x_scale, w, w_scale, bias, out_dtype, arch, n, k):
     return out
 
 
-def w4a8_gemm(x, x_scale, w_packed, w_scale, bias, out_dtype, arch=0):
+def w4a8_gemm(x, x_scale, w_packed, w_scale, bias, out_dtype, arch=0, weights_ready=False):
     """CUDA implementation of `fastgemm::w4a8_gemm`."""
     n, k = check_w4a8_gemm(x, x_scale, w_packed, w_scale, bias, out_dtype, arch)
     _require_aligned_weight("w_packed", w_packed)
-    return _gemm(_W4A8, x, x_scale, w_packed, w_scale, bias, out_dtype, arch, n, k)
+    return _gemm(_W4A8, x, x_scale, w_packed, w_scale, bias, out_dtype, arch + weights_ready * _WEIGHTS_READY, n, k)
 
 
-def w8a8_gemm(x, x_scale, w, w_scale, bias, out_dtype, arch=0):
+def w8a8_gemm(x, x_scale, w, w_scale, bias, out_dtype, arch=0, weights_ready=False):
     """CUDA implementation of `fastgemm::w8a8_gemm`."""
     n, k = check_w8a8_gemm(x, x_scale, w, w_scale, bias, out_dtype, arch)
     _require_aligned_weight("w", w)
-    return _gemm(_W8A8, x, x_scale, w, w_scale, bias, out_dtype, arch, n, k)
+    return _gemm(_W8A8, x, x_scale, w, w_scale, bias, out_dtype, arch + weights_ready * _WEIGHTS_READY, n, k)
 
 
 def _quantized(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,7 +21,9 @@ from .checks import (
     check_w8a8_gemm,
 )
 
-_GEMM_TAIL = "Tensor w_scale, Tensor? bias, ScalarType out_dtype, int arch=0) -> Tensor"
+_GEMM_TAIL = (
+    "Tensor w_scale, Tensor? bias, ScalarType out_dtype, int arch=0, bool weights_ready=False) -> Tensor"
+)
 _SCHEMAS = {
     "w4a8_gemm": "(Tensor x, Tensor x_scale, Tensor w_packed, " + _GEMM_TAIL,
     "w8a8_gemm": "(Tensor x, Tensor x_scale, Tensor w, " + _GEMM_TAIL,
@@ -43,13 +45,13 @@ def _quantized_like(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 @torch.library.register_fake("fastgemm::w4a8_gemm", lib=_library)
-def _(x, x_scale, w_packed, w_scale, bias, out_dtype, arch=0):
+def _(x, x_scale, w_packed, w_scale, bias, out_dtype, arch=0, weights_ready=False):
     n, _k = check_w4a8_gemm(x, x_scale, w_packed, w_scale, bias, out_dtype, arch)
     return x.new_empty(x.shape[0], n, dtype=out_dtype)
 
 
 @torch.library.register_fake("fastgemm::w8a8_gemm", lib=_library)
-def _(x, x_scale, w, w_scale, bias, out_dtype, arch=0):
+def _(x, x_scale, w, w_scale, bias, out_dtype, arch=0, weights_ready=False):
     n, _k = check_w8a8_gemm(x, x_scale, w, w_scale, bias, out_dtype, arch)
     return x.new_empty(x.shape[0], n, dtype=out_dtype)
 
@@ -87,6 +89,7 @@ def w4a8_gemm(
     out_dtype: torch.dtype = torch.float16,
     *,
     arch: int = 0,
+    weights_ready: bool = False,
 ) -> torch.Tensor:
     """Product of per-token int8 activations and a per-channel int4 weight (FastGEMM, arXiv 2311.09550, sec.
     4.4).
@@ -95,12 +98,18 @@ def w4a8_gemm(
     the rest in fp32 with one rounding per operation, then rounded to `out_dtype`.
 
     Args:
-        x: int8 [M, K], M any number of tokens, also 0. x_scale: fp32 [M]. w_packed: uint8, the int4 weight
-        [N, K] as `pack` returns it; N a multiple of 16, K of 32. w_scale: fp32 [N]. bias: None or [N] of
-        dtype `out_dtype`. out_dtype: float16, bfloat16, float32, or int32 for the bare sum (the scales are
-        ignored, `bias` must be None). arch: CUDA only. 0: the best kernel for the device; 80: the `mma.sync`
-        kernel (Ampere, Ada, and runs on
+        x: int8 [M, K], M any number of tokens, also 0.
+        x_scale: fp32 [M].
+        w_packed: uint8, the int4 weight [N, K] as `pack` returns it; N a multiple of 16, K of 32.
+        w_scale: fp32 [N].
+        bias: None or [N] of dtype `out_dtype`.
+        out_dtype: float16, bfloat16, float32, or int32 for the bare sum (the scales are ignored, `bias` must be
+            None).
+        arch: CUDA only. 0: the best kernel for the device; 80: the `mma.sync` kernel (Ampere, Ada, and runs on
             Hopper); 90: the `wgmma` kernel (Hopper).
+        weights_ready: CUDA only. A promise that the kernel before this one on the stream does not write
+            `w_packed`, as is always so when a trained model runs. The Hopper kernel then starts to load the weight
+            while that kernel still runs. Everything else, `w_scale` too, is read after it.
 
     Returns:
         [M, N] of dtype `out_dtype`.
@@ -110,7 +119,7 @@ def w4a8_gemm(
         fastgemm.FastGemmError: the GPU library is missing or the launch failed.
     """
     _require_tensors(x=x, x_scale=x_scale, w_packed=w_packed, w_scale=w_scale)
-    return torch.ops.fastgemm.w4a8_gemm(x, x_scale, w_packed, w_scale, bias, out_dtype, arch)
+    return torch.ops.fastgemm.w4a8_gemm(x, x_scale, w_packed, w_scale, bias, out_dtype, arch, weights_ready)
 
 
 def w8a8_gemm(
@@ -122,13 +131,14 @@ def w8a8_gemm(
     out_dtype: torch.dtype = torch.float16,
     *,
     arch: int = 0,
+    weights_ready: bool = False,
 ) -> torch.Tensor:
     """Product of per-token int8 activations and a per-channel int8 weight.
 
     As `w4a8_gemm`, with `w` an int8 [N, K] contiguous weight instead of a packed one.
     """
     _require_tensors(x=x, x_scale=x_scale, w=w, w_scale=w_scale)
-    return torch.ops.fastgemm.w8a8_gemm(x, x_scale, w, w_scale, bias, out_dtype, arch)
+    return torch.ops.fastgemm.w8a8_gemm(x, x_scale, w, w_scale, bias, out_dtype, arch, weights_ready)
 
 
 def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

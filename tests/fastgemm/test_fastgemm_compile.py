@@ -24,6 +24,7 @@ def cases():
     return {
         "w4a8": (ops.w4a8_gemm, (x, x_scale, fastgemm.pack(w), w_scale, bias, torch.float16)),
         "w4a8_int32": (ops.w4a8_gemm, (x, x_scale, fastgemm.pack(w), w_scale, None, torch.int32)),
+        "w4a8_weights_ready": (ops.w4a8_gemm, (x, x_scale, fastgemm.pack(w), w_scale, None, torch.float16, 0, True)),
         "w8a8": (ops.w8a8_gemm, (x, x_scale, w, w_scale, None, torch.bfloat16)),
         "quantize": (ops.quantize_per_token, (h,)),
         "rms_norm": (ops.rms_norm_quant, (h, torch.ones(K), 1e-6)),
@@ -62,7 +63,7 @@ def test_compiled_layer_equals_eager_for_any_number_of_tokens():
 
     def layer(h, residual):
         q, scale, residual = fastgemm.rms_norm_quant(h, norm, 1e-6, residual)
-        y = fastgemm.w4a8_gemm(q, scale, packed, w_scale, out_dtype=torch.float32)
+        y = fastgemm.w4a8_gemm(q, scale, packed, w_scale, out_dtype=torch.float32, weights_ready=True)
         q, scale = fastgemm.silu_mul_quant(y)
         return q.float() * scale[:, None], residual
 
