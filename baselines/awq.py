@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from baselines.autoawq_backend import BlockQuantizer
 from baselines.folding import fold_into_linear, fold_into_norm
+from baselines.reference_packages import NATIVE, check_backend
 from odyssey.quantization.compensation import HessianAccumulator
 from odyssey.quantization.fake_quant import FakeQuantLinear, swapped_modules
 from odyssey.quantization.grid import (
@@ -47,6 +49,11 @@ class AwqSettings:
     search_tokens:  tokens (whole samples, evenly spaced) on which the scale search compares a module's outputs; their
                     inputs and outputs are held at a time. The authors' amount is 128 x 512.
     clip_tokens:    tokens (evenly spaced) of the clip search.
+    duo_scaling:    divide the scales by the mean relative magnitude of the weights, ^(1 - ratio), as AutoAWQ does
+                    unless told otherwise; the paper's search does not.
+    backend:        native, or autoawq: that package's quantizer in place of ours (see baselines/autoawq_backend.py).
+    checkpoint:     a directory with an existing AWQ checkpoint (GEMM layout): read, not quantized; its format is what
+                    it says itself.
     """
 
     bits: int = 4
@@ -54,13 +61,19 @@ class AwqSettings:
     symmetric: bool = False
     search_tokens: int = 65536
     clip_tokens: int = 512
+    duo_scaling: bool = False
+    backend: str = NATIVE
+    checkpoint: str | None = None
 
     def __post_init__(self) -> None:
+        check_backend(self.backend, (NATIVE, "autoawq"), self.checkpoint)
         if not 2 <= self.bits <= 8:
             raise ValueError(f"bits must be 2..8, not {self.bits}")
         for name in ("search_tokens", "clip_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.backend == "autoawq" and (self.bits != 4 or self.symmetric or self.group_size < 1):
+            raise ValueError("backend=autoawq: the package packs 4 bits with zero points in groups; use backend=native")
 
 
 @dataclass
@@ -92,10 +105,29 @@ def scale_pairs(block: nn.Module, calibration: BlockCalibration) -> list[ScalePa
     return pairs
 
 
-def awq_scales(mean_magnitude: torch.Tensor, ratio: float) -> torch.Tensor:
-    """s = max(x^ratio, 1e-4), divided by sqrt(max(s) min(s)); x = mean|X_j| [in_features]."""
-    scales = (mean_magnitude**ratio).clamp(min=MINIMUM_SCALE)
+def awq_scales(
+    mean_magnitude: torch.Tensor, ratio: float, weight_magnitude: torch.Tensor | None = None
+) -> torch.Tensor:
+    """s = max(x^ratio, 1e-4), divided by sqrt(max(s) min(s)); x = mean|X_j| [in_features].
+
+    weight_magnitude: with it (see `relative_magnitude`) x^ratio is divided by w^(1 - ratio) + 1e-4 first.
+    """
+    scales = mean_magnitude**ratio
+    if weight_magnitude is not None:
+        scales = scales / (weight_magnitude ** (1 - ratio) + MINIMUM_SCALE)
+    scales = scales.clamp(min=MINIMUM_SCALE)
     return scales / (scales.max() * scales.min()).sqrt()
+
+
+def relative_magnitude(weights: list[torch.Tensor], group_size: int) -> torch.Tensor:
+    """Mean over all rows of |W_ij| / (largest magnitude of its group + 1e-6), float32 [in_features]."""
+    total, rows = 0.0, 0
+    for weight in weights:
+        magnitude = weight.float().abs()
+        _, largest = group_range(magnitude, group_size)
+        relative = magnitude / (per_column(largest, weight.shape[1], group_size) + 1e-6)
+        total, rows = total + relative.sum(dim=0, dtype=torch.float64), rows + len(weight)
+    return (total / rows).float()
 
 
 def fake_quantize(weight: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
@@ -161,6 +193,9 @@ class AwqMethod:
             raise ValueError("awq needs calibration data")
         for name in calibration.linear_names():
             check_finite(block.get_submodule(name).weight, f"the weight of {name}")
+        if self.settings.backend == "autoawq":
+            calibration.report("autoawq")
+            return BlockQuantizer(block, calibration, self.settings).quantize()
         pairs = scale_pairs(block, calibration)
         calibration.report("activation statistics")
         magnitudes, grams, tokens = self._observe(block, calibration, pairs)
@@ -170,17 +205,17 @@ class AwqMethod:
         for pair in pairs:
             calibration.report(f"scale {', '.join(name.rpartition('.')[2] for name in pair.consumers)}")
             first = pair.consumers[0]
+            candidates = self._candidates(block, pair, magnitudes[first])
             if pair.behind_norm:
-                errors = self._module_errors(block, calibration, pair, magnitudes[first])
+                errors = self._module_errors(block, calibration, pair, candidates)
             else:
-                errors = self._layer_errors(block.get_submodule(first).weight, grams.pop(first), magnitudes[first])
+                errors = self._layer_errors(block.get_submodule(first).weight, grams.pop(first), candidates)
             best = min(range(SCALE_STEPS), key=errors.__getitem__)
-            ratio = best / SCALE_STEPS
             scaling[pair.producer] = {
-                "ratio": ratio, "relative_error": errors[best], "relative_error_unscaled": errors[0],
+                "ratio": best / SCALE_STEPS, "relative_error": errors[best], "relative_error_unscaled": errors[0],
             }  # fmt: skip
             fold = fold_into_norm if pair.behind_norm else fold_into_linear
-            changed, effective = fold(block, pair.producer, pair.consumers, awq_scales(magnitudes[first], ratio))
+            changed, effective = fold(block, pair.producer, pair.consumers, candidates[best])
             tensors.update(changed)
             tokens[first] /= effective
 
@@ -194,6 +229,14 @@ class AwqMethod:
                     layers[name] = {"kept_range": kept}
                 weights[name] = round_to_nearest(weight, self.scheme)
         return BlockResult(weights, tensors, {"scaling": scaling, "layers": layers})
+
+    def _candidates(self, block: nn.Module, pair: ScalePair, magnitude: torch.Tensor) -> list[torch.Tensor]:
+        """The scales of every exponent of the search, each float32 [in_features]."""
+        weight_magnitude = None
+        if self.settings.duo_scaling:
+            weights = [block.get_submodule(name).weight for name in pair.consumers]
+            weight_magnitude = relative_magnitude(weights, self.settings.group_size)
+        return [awq_scales(magnitude, step / SCALE_STEPS, weight_magnitude) for step in range(SCALE_STEPS)]
 
     def _observe(
         self, block: nn.Module, calibration: BlockCalibration, pairs: list[ScalePair]
@@ -219,9 +262,9 @@ class AwqMethod:
         )
 
     def _module_errors(
-        self, block: nn.Module, calibration: BlockCalibration, pair: ScalePair, magnitude: torch.Tensor
+        self, block: nn.Module, calibration: BlockCalibration, pair: ScalePair, candidates: list[torch.Tensor]
     ) -> list[float]:
-        """Relative squared error of the inspected module's output for every exponent, on `search_tokens` tokens."""
+        """Relative squared error of the inspected module's output for every candidate, on `search_tokens` tokens."""
         samples = calibration.reference_inputs
         count = min(len(samples), -(-self.settings.search_tokens // samples[0].shape[1]))
         chosen = (samples[position * len(samples) // count] for position in range(count))
@@ -230,8 +273,7 @@ class AwqMethod:
         targets = [_output(module, call) for call in calls]
         norm = sum(float(target.double().square().sum()) for target in targets)
         errors = []
-        for step in range(SCALE_STEPS):
-            scales = awq_scales(magnitude, step / SCALE_STEPS)
+        for scales in candidates:
             replacements = {}
             for name in pair.consumers:
                 layer = block.get_submodule(name)
@@ -245,13 +287,12 @@ class AwqMethod:
             errors.append(error / norm if norm else error)
         return errors
 
-    def _layer_errors(self, weight: torch.Tensor, gram: torch.Tensor, magnitude: torch.Tensor) -> list[float]:
-        """Relative squared error of one layer's output on all tokens, for every exponent."""
+    def _layer_errors(self, weight: torch.Tensor, gram: torch.Tensor, candidates: list[torch.Tensor]) -> list[float]:
+        """Relative squared error of one layer's output on all tokens, for every candidate."""
         weight = weight.float()
         norm = float(((weight @ gram) * weight).sum(dtype=torch.float64))
         errors = []
-        for step in range(SCALE_STEPS):
-            scales = awq_scales(magnitude, step / SCALE_STEPS)
+        for scales in candidates:
             change = fake_quantize(weight * scales, self.scheme).div_(scales).sub_(weight)
             error = float(((change @ gram) * change).sum(dtype=torch.float64))
             errors.append(error / norm if norm else error)

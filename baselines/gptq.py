@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from baselines import auto_gptq_backend
+from baselines.reference_packages import NATIVE, check_backend
 from odyssey.quantization.compensation import CompensationSettings, collect_hessians, gptq
 from odyssey.quantization.fake_quant import fake_quantized
 from odyssey.quantization.grid import check_finite
@@ -28,6 +30,9 @@ class GptqSettings:
     damping:     part of the Hessian's mean diagonal that is added to the diagonal; raised tenfold, and recorded,
                  where the factorization fails.
     block_size:  columns whose errors are collected before the columns behind them are updated.
+    full_range:  symmetric scales absmax / 7.5 (for 4 bits) as in AutoGPTQ and llm-compressor, not absmax / 7.
+    backend:     native, or auto-gptq: that package's quantizer in place of ours (see baselines/auto_gptq_backend.py).
+    checkpoint:  a directory with an existing GPTQ checkpoint: read, not quantized; its format is what it says itself.
     """
 
     bits: int = 4
@@ -36,8 +41,12 @@ class GptqSettings:
     act_order: bool = False
     damping: float = 0.01
     block_size: int = 128
+    full_range: bool = False
+    backend: str = NATIVE
+    checkpoint: str | None = None
 
     def __post_init__(self) -> None:
+        check_backend(self.backend, (NATIVE, "auto-gptq"), self.checkpoint)
         if not 2 <= self.bits <= 8:
             raise ValueError(f"bits must be 2..8, not {self.bits}")
         if not self.damping > 0:
@@ -58,8 +67,9 @@ class GptqMethod:
             self.settings.bits, self.settings.group_size, self.settings.symmetric, activation_bits=16
         )
         self._compensation = CompensationSettings(
-            self.settings.damping, self.settings.block_size, self.settings.act_order, quantized_inputs=False
-        )
+            self.settings.damping, self.settings.block_size, self.settings.act_order, quantized_inputs=False,
+            full_range=self.settings.full_range,
+        )  # fmt: skip
 
     @torch.no_grad()
     def quantize_block(self, block: nn.Module, calibration: BlockCalibration | None) -> BlockResult:
@@ -78,15 +88,25 @@ class GptqMethod:
         for group in calibration.linear_groups:
             calibration.report(f"gptq {', '.join(name.rpartition('.')[2] for name in group)}")
             with fake_quantized(block, weights):
-                found = collect_hessians(
-                    block, group[:1], calibration.forward, calibration.inputs, quantized_inputs=False
-                )
-            for name in group:
-                weight = block.get_submodule(name).weight
-                try:
-                    weights[name], metrics[name] = gptq(
-                        weight, found[group[0]], self.scheme, settings=self._compensation
-                    )
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from error
+                if self.settings.backend == NATIVE:
+                    found = self._quantize_group(block, group, calibration)
+                else:
+                    found = auto_gptq_backend.quantize_group(block, group, calibration, self.scheme, self.settings)
+            weights.update(found[0])
+            metrics.update(found[1])
         return BlockResult(weights, metrics={"layers": metrics})
+
+    def _quantize_group(
+        self, block: nn.Module, group: tuple[str, ...], calibration: BlockCalibration
+    ) -> tuple[dict[str, QuantizedWeight], dict[str, dict]]:
+        """Integers and metrics of layers that read one input."""
+        first = group[0]
+        hessian = collect_hessians(block, [first], calibration.forward, calibration.inputs, quantized_inputs=False)[first]
+        weights, metrics = {}, {}
+        for name in group:
+            weight = block.get_submodule(name).weight
+            try:
+                weights[name], metrics[name] = gptq(weight, hessian, self.scheme, settings=self._compensation)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+        return weights, metrics

@@ -35,6 +35,11 @@ def build_method(name: str, settings: Any):
     return getattr(importlib.import_module(module), method)(settings)
 
 
+def existing_checkpoint(settings: Any) -> str | None:
+    """The directory of an existing checkpoint that is read in place of quantizing, where the settings name one."""
+    return getattr(settings, "checkpoint", None)
+
+
 def settings_dict(settings: Any) -> dict:
     """JSON-ready settings without the name, as they go into records and digests."""
     content = dataclasses.asdict(settings)

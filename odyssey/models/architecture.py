@@ -45,8 +45,11 @@ class LlamaFamily:
         self._skeleton.eval()
 
     @classmethod
-    def from_directory(cls, directory: Path) -> LlamaFamily:
-        """Read config.json. Raises UnsupportedError for another architecture, InvalidCheckpointError if damaged."""
+    def from_directory(cls, directory: Path, *, quantized: bool = False) -> LlamaFamily:
+        """Read config.json. Raises UnsupportedError for another architecture, InvalidCheckpointError if damaged.
+
+        quantized: take the architecture of a checkpoint whose config.json has a quantization_config, too.
+        """
         try:
             config = AutoConfig.from_pretrained(directory)
         except (OSError, ValueError, KeyError) as error:
@@ -58,9 +61,12 @@ class LlamaFamily:
                 f"supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
             )
         if getattr(config, "quantization_config", None) is not None:
-            raise UnsupportedError(
-                f"{directory / 'config.json'}: the checkpoint is already quantized; give the original weights"
-            )
+            if not quantized:
+                raise UnsupportedError(
+                    f"{directory / 'config.json'}: the checkpoint is already quantized; give the original weights, or "
+                    "read a GPTQ or AWQ checkpoint with method=gptq (awq) method.checkpoint=DIR"
+                )
+            del config.quantization_config
         return cls(config)
 
     @property
@@ -72,6 +78,10 @@ class LlamaFamily:
 
     def block_prefix(self, index: int) -> str:
         return f"model.layers.{index}."
+
+    def skeleton_block(self, index: int) -> nn.Module:
+        """A decoder block with meta parameters: names and shapes."""
+        return self._skeleton.model.layers[index]
 
     def empty_model(self) -> nn.Module:
         """The whole causal LM with meta parameters and real (rotary) buffers."""

@@ -1,13 +1,14 @@
 """The quantized checkpoint: a directory that is written block by block and loaded back as a model.
 
-    config.json, tokenizer files     copied from the source
+    config.json, tokenizer files     copied from the source (config.json without a quantization_config)
     odyssey.json                     the manifest: format, source model, recipe, scheme of every layer, sizes, metrics
     block-00000.safetensors ...      one shard per decoder block
     rest.safetensors                 embeddings, final norm, lm_head in the source's dtype
     model.safetensors.index.json     tensor name -> shard
 
 A quantized layer `<name>` is stored as `<name>.weight_packed` (uint8, see packing.py), `<name>.weight_scale` (float32
-[out, groups]), for asymmetric schemes `<name>.weight_zero` (uint8 [out, groups]), and `<name>.bias` if it has one.
+[out, groups]), for asymmetric schemes `<name>.weight_zero` (uint8 [out, groups]), for columns that are not in the order
+of the input features `<name>.weight_order` (int32 [in]), and `<name>.bias` if it has one.
 A shard is finished when it has its final name: it is written under another one and renamed. Its metadata carry the
 digest of the job that made it, so that a stopped job goes on at the first block that is missing.
 """
@@ -110,6 +111,8 @@ class CheckpointWriter:
             tensors[f"{prefix}{name}.weight_scale"] = weight.scales
             if weight.zeros is not None:
                 tensors[f"{prefix}{name}.weight_zero"] = weight.zeros
+            if weight.order is not None:
+                tensors[f"{prefix}{name}.weight_order"] = weight.order.int()
             layers[name] = {**weight.scheme.to_dict(), "in_features": weight.values.shape[1]}
         for name, tensor in kept.items():
             tensors[prefix + name] = result.tensors.get(name, tensor).to(tensor.dtype)
@@ -143,6 +146,10 @@ class CheckpointWriter:
         for pattern in _COPIED:
             for file in reader.directory.glob(pattern):
                 shutil.copyfile(file, self.directory / file.name)
+        config = json.loads((self.directory / "config.json").read_text())
+        if config.pop("quantization_config", None) is not None:
+            # The layout of an imported checkpoint, which this one does not have.
+            _write_json(self.directory / "config.json", config)
         shards = [shard_name(index) for index in range(architecture.num_blocks)] + [REST_NAME]
         weight_map, layers, metrics = {}, {}, []
         for shard in shards:
@@ -182,7 +189,8 @@ def _read_weight(get, names: set[str] | CheckpointReader, name: str, layer: dict
         get(f"{name}.weight_packed"), scheme.weight_bits, layer["in_features"], signed=scheme.symmetric
     )
     zeros = get(f"{name}.weight_zero") if f"{name}.weight_zero" in names else None
-    return QuantizedWeight(values, get(f"{name}.weight_scale"), scheme, zeros)
+    order = get(f"{name}.weight_order").long() if f"{name}.weight_order" in names else None
+    return QuantizedWeight(values, get(f"{name}.weight_scale"), scheme, zeros, order)
 
 
 def size_of(directory: Path, layers: dict[str, dict]) -> dict:
@@ -195,7 +203,7 @@ def size_of(directory: Path, layers: dict[str, dict]) -> dict:
                 if layer_name in layers and leaf.startswith("weight_"):
                     tensor = file.get_slice(name)
                     count = torch.Size(tensor.get_shape()).numel()
-                    stored_bytes += count * (4 if leaf == "weight_scale" else 1)
+                    stored_bytes += count * (4 if leaf in ("weight_scale", "weight_order") else 1)
                     if leaf == "weight_packed":
                         weights += tensor.get_shape()[0] * layers[layer_name]["in_features"]
     return {

@@ -29,12 +29,14 @@ class CompensationSettings:
     block_size:        columns whose errors are collected before the columns behind them are updated.
     act_order:         quantize columns by falling Hessian diagonal; group scales then come from the original weight.
     quantized_inputs:  build the Hessian from the int8 activations that the layer will see, where activation_bits is 8.
+    full_range:        of a symmetric grid that is not given (see `grid.symmetric_scales`).
     """
 
     damping: float = 0.01
     block_size: int = 128
     act_order: bool = False
     quantized_inputs: bool = True
+    full_range: bool = False
 
     def __post_init__(self) -> None:
         if not self.damping > 0:
@@ -145,7 +147,7 @@ def gptq(
 
     per_group = scales is None and scheme.group_size != PER_CHANNEL and not settings.act_order
     if scales is None:
-        scales, zeros = minmax_grid(work, scheme)
+        scales, zeros = minmax_grid(work, scheme, settings.full_range)
     scales = scales.clone()
     zeros = None if zeros is None else zeros.clone()
     group_of = torch.arange(in_features, device=work.device)
@@ -166,7 +168,7 @@ def gptq(
             group = groups[column]
             if per_group and column % scheme.group_size == 0:
                 part = work[:, column : min(column + scheme.group_size, in_features)]
-                group_scales, group_zeros = minmax_grid(part, _per_channel(scheme))
+                group_scales, group_zeros = minmax_grid(part, _per_channel(scheme), settings.full_range)
                 scales[:, group] = group_scales[:, 0]
                 if zeros is not None:
                     zeros[:, group] = group_zeros[:, 0]

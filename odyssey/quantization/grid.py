@@ -51,9 +51,13 @@ def sum_groups(values: torch.Tensor, group_size: int = PER_CHANNEL) -> torch.Ten
     return padded.view(out_features, -1, group_size).sum(dim=2)
 
 
-def symmetric_scales(absmax: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
-    """absmax / (2^(b-1) - 1), the divisor of the paper (7 for 4 bits); a group of zeros gets scale 1."""
-    scales = absmax.float() / scheme.qmax
+def symmetric_scales(absmax: torch.Tensor, scheme: QuantScheme, full_range: bool = False) -> torch.Tensor:
+    """absmax / (2^(b-1) - 1), the divisor of the paper (7 for 4 bits); a group of zeros gets scale 1.
+
+    full_range: absmax / ((2^b - 1) / 2), 7.5 for 4 bits, as in AutoGPTQ and compressed-tensors: a finer grid that uses
+    -2^(b-1), too, and clips +absmax by half a step.
+    """
+    scales = absmax.float() / (scheme.qmax + 0.5 if full_range else scheme.qmax)
     return torch.where(scales == 0, torch.ones_like(scales), scales)
 
 
@@ -69,11 +73,16 @@ def asymmetric_scales(low: torch.Tensor, high: torch.Tensor, scheme: QuantScheme
     return scales, zeros.to(torch.uint8)
 
 
-def minmax_grid(weight: torch.Tensor, scheme: QuantScheme) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The unclipped grid of a weight: (scales, zeros), zeros None for a symmetric scheme."""
+def minmax_grid(
+    weight: torch.Tensor, scheme: QuantScheme, full_range: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The unclipped grid of a weight: (scales, zeros), zeros None for a symmetric scheme.
+
+    full_range: see `symmetric_scales`; without effect on an asymmetric scheme.
+    """
     low, high = group_range(weight, scheme.group_size)
     if scheme.symmetric:
-        return symmetric_scales(torch.maximum(high.abs(), low.abs()), scheme), None
+        return symmetric_scales(torch.maximum(high.abs(), low.abs()), scheme, full_range), None
     return asymmetric_scales(low, high, scheme)
 
 
@@ -90,12 +99,13 @@ def quantize_weight(
 
 
 def dequantize(weight: QuantizedWeight) -> torch.Tensor:
-    """(value - zero) * scale as float32 [out_features, in_features]."""
+    """(value - zero) * scale as float32 [out_features, in_features], columns in the order of the input features."""
     in_features, group_size = weight.values.shape[1], weight.scheme.group_size
     values = weight.values.float()
     if weight.zeros is not None:
         values -= per_column(weight.zeros.float(), in_features, group_size)
-    return values.mul_(per_column(weight.scales, in_features, group_size))
+    values.mul_(per_column(weight.scales, in_features, group_size))
+    return values if weight.order is None else torch.empty_like(values).index_copy_(1, weight.order, values)
 
 
 def round_to_nearest(

@@ -33,6 +33,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("values", weight.values.contiguous())
         self.register_buffer("scales", weight.scales.contiguous())
         self.register_buffer("zeros", weight.zeros)
+        self.register_buffer("order", weight.order)
         self.register_buffer("bias", bias)
         self.register_buffer("packed", None)
 
@@ -42,7 +43,7 @@ class QuantizedLinear(nn.Module):
         if values is None:
             rows, columns = _padded(self.out_features, ROW_MULTIPLE), _padded(self.in_features, COLUMN_MULTIPLE)
             values = fastgemm.unpack(self.packed, rows, columns)[: self.out_features, : self.in_features]
-        return QuantizedWeight(values, self.scales, self.scheme, self.zeros)
+        return QuantizedWeight(values, self.scales, self.scheme, self.zeros, self.order)
 
     def dequantized(self) -> torch.Tensor:
         """float32 [out_features, in_features]."""
@@ -69,10 +70,10 @@ class QuantizedLinear(nn.Module):
         tokens = x.reshape(-1, self.in_features)
         if not self._uses_integers():
             output = self._simulated(tokens)
-        elif self.scheme.group_size == PER_CHANNEL:
-            output = self._integer_per_channel(tokens)
         else:
-            output = self._integer_per_group(tokens)
+            per_channel = self.scheme.group_size == PER_CHANNEL
+            ordered = tokens if self.order is None else tokens[:, self.order]
+            output = self._integer_per_channel(ordered) if per_channel else self._integer_per_group(ordered)
         return output.reshape(*x.shape[:-1], self.out_features)
 
     def _integer_per_channel(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -234,5 +234,6 @@ def _install(architecture: LlamaFamily, reader: CheckpointReader, index: int, re
 
 
 def _moved(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
-    zeros = None if weight.zeros is None else weight.zeros.to(device)
-    return replace(weight, values=weight.values.to(device), scales=weight.scales.to(device), zeros=zeros)
+    optional = {name: getattr(weight, name) for name in ("zeros", "order")}
+    moved = {name: None if tensor is None else tensor.to(device) for name, tensor in optional.items()}
+    return replace(weight, values=weight.values.to(device), scales=weight.scales.to(device), **moved)

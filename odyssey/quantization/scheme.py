@@ -63,12 +63,15 @@ class QuantizedWeight:
     values: int8 (symmetric) or uint8 (asymmetric) [out_features, in_features], inside [scheme.qmin, scheme.qmax].
     scales: float32 [out_features, num_groups].
     zeros:  None (symmetric), else uint8 [out_features, num_groups]; weight = (value - zero) * scale.
+    order:  None where column j of `values` is input feature j, else int64 [in_features]: column j is input feature
+            order[j]. Checkpoints made with activation order need it, whose groups are no neighbouring features.
     """
 
     values: torch.Tensor
     scales: torch.Tensor
     scheme: QuantScheme
     zeros: torch.Tensor | None = None
+    order: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         out_features, in_features = self.values.shape
@@ -79,3 +82,5 @@ class QuantizedWeight:
             raise ValueError(f"scales must be float32, not {self.scales.dtype}")
         if (self.zeros is None) != self.scheme.symmetric:
             raise ValueError("zero points are for asymmetric schemes, and only for them")
+        if self.order is not None and tuple(self.order.shape) != (in_features,):
+            raise ValueError(f"order has shape {tuple(self.order.shape)}, expected {(in_features,)}")
