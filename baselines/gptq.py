@@ -101,7 +101,7 @@ class GptqMethod:
     ) -> tuple[dict[str, QuantizedWeight], dict[str, dict]]:
         """Integers and metrics of layers that read one input."""
         first = group[0]
-        hessian = collect_hessians(block, [first], calibration.forward, calibration.inputs, quantized_inputs=False)[first]
+        hessian = collect_hessians(block, [first], calibration.forward, calibration.inputs, False)[first]
         weights, metrics = {}, {}
         for name in group:
             weight = block.get_submodule(name).weight
