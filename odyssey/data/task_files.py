@@ -115,9 +115,9 @@ def task_source(name: str, root: str | None, cache: Path) -> TaskSource:
     for a task that exists as a local file only.
     """
     folder = task_folder(name)
-    is_mmlu = folder is not None and name not in _LOCAL_TASKS
+    is_mmlu = _is_mmlu(name)
     fewshot = _MMLU_FEWSHOT if is_mmlu else None
-    names = _MMLU_FILES if is_mmlu else _LOCAL_TASKS[name].files if name in _LOCAL_TASKS else ()
+    names = local_file_names(name)
     where = root or "DIR"
     copies = " and ".join(f"{where}/{file}" for file in names)
     hint = (
@@ -133,6 +133,17 @@ def task_source(name: str, root: str | None, cache: Path) -> TaskSource:
     if name == "hellaswag_preprocessed":
         raise MissingDataError(f"{name}: exists as a local file only; {hint}")
     return TaskSource(name, (folder,) if folder else (), folder is None, "hub", None, True, fewshot, hint)
+
+
+def local_file_names(name: str) -> tuple[str, ...]:
+    """The files of a task relative to data.root; empty for a task that only the hub has."""
+    if _is_mmlu(name):
+        return _MMLU_FILES
+    return _LOCAL_TASKS[name].files if name in _LOCAL_TASKS else ()
+
+
+def _is_mmlu(name: str) -> bool:
+    return name not in _LOCAL_TASKS and task_folder(name) is not None
 
 
 def _generate(name: str, is_mmlu: bool, files: list[Path], cache: Path) -> tuple[Path, str]:
