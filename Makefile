@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup run test test-slow lint tables bench clean
+.PHONY: help setup run test test-slow lint tables bench clean reference-env reference
 
 help:
 	@echo "make run    set up, then quantize and measure the embedded model with every method (CPU, no network)"
@@ -12,6 +12,8 @@ help:
 	@echo "make lint   ruff"
 	@echo "make test-slow   the tests that take minutes"
 	@echo "make tables  draw results/README.md from the committed records"
+	@echo "make reference-env  a second environment with the libraries that the baselines are compared with"
+	@echo "make reference  compare the baselines with them"
 	@echo "make bench  per-GEMM latency on this machine's GPU"
 
 setup: $(READY)
@@ -41,6 +43,22 @@ tables: setup
 
 bench: setup
 	$(BIN)/python -m fastgemm.bench
+
+# The libraries that the baselines are checked against and can run (method.backend), in an environment of their own.
+REFERENCE := .venv-reference
+
+reference-env: $(REFERENCE)/.ready
+
+$(REFERENCE)/.ready: constraints.txt constraints-reference.txt pyproject.toml
+	$(PYTHON) -m venv $(REFERENCE)
+	$(REFERENCE)/bin/python -m pip install --quiet --constraint constraints.txt torch setuptools wheel
+	$(REFERENCE)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,cluster,gpu]'
+	BUILD_CUDA_EXT=0 $(REFERENCE)/bin/python -m pip install --quiet --no-deps --no-build-isolation \
+	    --requirement constraints-reference.txt
+	@touch $@
+
+reference: reference-env
+	$(REFERENCE)/bin/python -m pytest -m reference tests/reference
 
 clean:
 	rm -rf outputs .pytest_cache .ruff_cache
