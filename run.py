@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -20,39 +21,56 @@ from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
-from experiments.sweep import note_cell, sweep_exit_code  # noqa: E402
+from experiments.launchers.settings import LocalSettings, parse_settings  # noqa: E402
+from experiments.preflight_table import print_preflight  # noqa: E402
+from experiments.sweep import run_job, sweep_exit_code  # noqa: E402
 from odyssey.config import register_schemas  # noqa: E402
 from odyssey.errors import ConfigError  # noqa: E402
-from odyssey.overrides import check_command_line  # noqa: E402
+from odyssey.overrides import CommandLine, check_command_line  # noqa: E402
 from odyssey.record import OK  # noqa: E402
-from odyssey.runner import run_cell  # noqa: E402
 
 CONFIG_DIR = ROOT / "conf"
-INVALID_CONFIG, CELL_FAILED = 2, 1
+INVALID_CONFIG, CELL_FAILED, INTERRUPTED = 2, 1, 130
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")
 def run(config: DictConfig) -> None:
-    result = run_cell(config)
+    """One cell. The cells of a sweep come here only with Hydra's own launchers."""
     hydra_config = HydraConfig.get()
     if hydra_config.mode == RunMode.MULTIRUN:
-        note_cell(Path(hydra_config.sweep.dir), hydra_config.job.num, result.path, result.reused)
-    elif result.record is not None and result.record["outcome"] != OK:
+        run_job(config, Path(hydra_config.sweep.dir), hydra_config.job.num)
+        return
+    record = run_job(config).record
+    if record is not None and record["outcome"] != OK:
         sys.exit(CELL_FAILED)
 
 
 def main() -> int:
     register_schemas()
+    # A plain kill ends like Ctrl-C: the running cells are stopped, not left behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        check_command_line(sys.argv[1:], CONFIG_DIR)
+        command_line = check_command_line(sys.argv[1:], CONFIG_DIR)
+        settings = parse_settings(command_line.launcher)
+        only_print = any(cell.preflight for cell in command_line.cells)
+        if only_print or command_line.is_sweep:
+            can_run = _preflight(command_line, settings)
+            if only_print:
+                return 0 if can_run else CELL_FAILED
         run()
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return INVALID_CONFIG
     except KeyboardInterrupt:
         print("stopped: finished records are kept; run the same command again to go on", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     return sweep_exit_code()
+
+
+def _preflight(command_line: CommandLine, settings: object) -> bool:
+    """Print what every cell needs; False when one of them cannot end ok."""
+    runs_here = settings is None or isinstance(settings, LocalSettings)
+    return print_preflight(command_line.cells, runs_here)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,10 @@ from dataclasses import dataclass, replace
 from odyssey.record import OK
 
 # What two records of one cell may differ in without that changing the result.
-_NEUTRAL = ("output_dir", "force", "retry", "tracking.", "data.", "latency.", "model.", "accuracy.")
+_NEUTRAL = (
+    "output_dir", "force", "retry", "timeout_s", "preflight", "gemm.", "tracking.", "data.", "latency.", "model.",
+    "accuracy.",
+)  # fmt: skip
 
 
 class MixedProtocolsError(Exception):
@@ -117,7 +120,7 @@ def _task_protocol(task: str, result: dict) -> Protocol:
 def asked_dataset(config: dict) -> str | None:
     """The perplexity data set that a cell was asked for, as its result would have named it; None for none."""
     group, model = config.get("accuracy", {}).get("perplexity"), config["model"]
-    if not group:
+    if not group or config.get("gemm", {}).get("bench", "none") != "none":
         return None
     if group.get("path"):
         return "file"

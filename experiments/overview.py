@@ -36,7 +36,7 @@ def _rows(record: dict) -> list[dict]:
     base = {
         "_method": config["method"]["name"],
         "model": record.get("model", {}).get("name", config["model"]["name"]),
-        "method": describe_method(config["method"]),
+        "method": describe_cell(record),
         "format": method.get("label"),
         "outcome": record["outcome"],
         "size_mb": size["disk_bytes"] / 1e6 if size else None,
@@ -49,6 +49,14 @@ def _rows(record: dict) -> list[dict]:
     }
     results = record.get("accuracy", {}).get("perplexity", {}) or {None: {}}
     return [{**base, "dataset": dataset, "perplexity": result.get("value")} for dataset, result in results.items()]
+
+
+def describe_cell(record: dict) -> str:
+    """What the cell measured: its method, or single matrix products."""
+    config = record["config"]
+    if config.get("gemm", {}).get("bench", "none") != "none":
+        return f"GEMM ({config['gemm']['bench']})"
+    return describe_method(config["method"])
 
 
 def describe_method(method: dict) -> str:

@@ -41,10 +41,21 @@ def load_sources(directories: list[Path]) -> Sources:
             if record is not None and (None in identity or identity not in seen):
                 seen.add(identity)
                 sources.records.append({**record, "path": str(path)})
-        for pattern in ("*.json", "gemm/*.json", "*/gemm/*.json"):
+        for pattern in ("*.json", "gemm/*.json", "*/gemm/*.json", "gemm/*/gemm.json", "*/gemm/*/gemm.json"):
             for path in sorted(set(directory.glob(pattern)) - paths):
                 _add_gemm(sources, path, seen)
     sources.records.sort(key=lambda record: record.get("started", ""))
+    return sources
+
+
+def cell_sources(cells: list[tuple[dict, Path]]) -> Sources:
+    """What cells measured: their records and, of cells of single matrix products, the results in their directories."""
+    sources, seen = Sources(), set()
+    for record, directory in cells:
+        sources.records.append({**record, "path": str(directory / RECORD_NAME)})
+        result = record.get("gemm", {}).get("file")
+        if result and (directory / result).is_file():
+            _add_gemm(sources, directory / result, seen)
     return sources
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
 
-from experiments.overview import describe_method
+from experiments.overview import describe_cell
 from experiments.table import Column, Table
 from odyssey.record import OK, RECORD_NAME, read_record
+from odyssey.runner import read_running
 
-NO_RECORD = "no record"
+NO_RECORD, RUNNING = "no record", "running"
 _CELL_FILE = "config.yaml"
 
 
@@ -29,10 +31,10 @@ def status_table(directories: list[Path]) -> Table:
         Column("cell", "cell"),
     )
     notes = [f"{len(rows)} cells: {summary}."]
-    if len(rows) > counts[OK] + counts[NO_RECORD]:
+    if len(rows) > counts[OK] + counts[NO_RECORD] + counts[RUNNING]:
         notes.append("retry=failed with the sweep's command runs those again that have a record and did not end ok.")
     if counts[NO_RECORD]:
-        notes.append("A cell without a record is running, or was killed with the run.py that started it.")
+        notes.append("A cell without a record was killed with its run.py; the same command runs it again.")
     return Table("status", "Cells", columns, tuple(rows), tuple(notes))
 
 
@@ -45,10 +47,15 @@ def _rows(directory: Path) -> list[tuple]:
 def _row(cell: Path) -> tuple:
     record = read_record(cell / RECORD_NAME)
     if record is None:
-        return cell.parent.name, cell.name.rpartition("-")[0], NO_RECORD, None, None, None, str(cell)
+        running = read_running(cell)
+        method = cell.name.rpartition("-")[0]
+        if running is None:
+            return cell.parent.name, method, NO_RECORD, None, None, None, str(cell)
+        seconds = (datetime.now(UTC) - datetime.fromisoformat(running["started"])).total_seconds()
+        return cell.parent.name, method, RUNNING, seconds, running["host"], None, str(cell)
     return (
         record.get("model", {}).get("name") or cell.parent.name,
-        describe_method(record["config"]["method"]),
+        describe_cell(record),
         record["outcome"],
         record.get("timings", {}).get("total_s"),
         record.get("environment", {}).get("host"),

@@ -14,10 +14,14 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from fastgemm.build import BuildError
+from odyssey.child import die_with_parent
 from odyssey.config import RootConfig, dataset_of, register_schemas, validate
 from odyssey.errors import OdysseyError, UnsupportedError
-from odyssey.record import OK, RECORD_VERSION, model_directory_name, write_json
+from odyssey.methods import existing_checkpoint
+from odyssey.outcomes import of_exception
+from odyssey.record import OK, RECORD_VERSION, cell_directory, model_directory_name, write_json
+
+GEMM_NAME = "gemm.json"
 
 
 class Cell:
@@ -26,8 +30,7 @@ class Cell:
     def __init__(self, config: RootConfig, plain_config: dict, digest: str, directory: Path | None = None) -> None:
         """directory: where files beside the record go; default the one that odyssey.runner would use."""
         self.config = config
-        default = Path(config.output_dir) / model_directory_name(config) / f"{config.method.name}-{digest}"
-        self.directory = directory or default
+        self.directory = directory or cell_directory(config, digest)
         self.record: dict = {
             "version": RECORD_VERSION,
             "digest": digest,
@@ -44,27 +47,14 @@ class Cell:
         try:
             self._stages()
             self.record["outcome"] = OK
-        except OdysseyError as error:
-            self._fail(error.outcome, str(error))
-        except BuildError as error:
-            self._fail("unsupported", _first_line(error))
-        except MemoryError:
-            self._fail(
-                "oom", "host memory exhausted; use a smaller model, fewer calibration samples or a larger machine"
-            )
         except Exception as error:
-            traceback.print_exc()
-            if type(error).__name__ == "OutOfMemoryError":
-                self._fail("oom", f"GPU memory exhausted: {_first_line(error)}")
-            else:
-                self._fail("failed", f"{type(error).__name__}: {_first_line(error)}")
+            if not isinstance(error, OdysseyError):
+                traceback.print_exc()
+            self.record["outcome"], self.record["reason"] = of_exception(error)
         self.record["memory"] = _memory_peaks()
         self.record["finished"] = _now()
         self.record["timings"]["total_s"] = time.monotonic() - started
         return self.record
-
-    def _fail(self, outcome: str, reason: str) -> None:
-        self.record["outcome"], self.record["reason"] = outcome, reason
 
     def _stages(self) -> None:
         # Imported here: a config error or a found record is answered before torch is loaded.
@@ -83,9 +73,19 @@ class Cell:
         self.record["device"] = str(self.device)
         self.progress = Progress()
         name = model_directory_name(config)
-        self.source = resolve_model(
-            config.model.name, hub_id=config.model.hub_id, path=config.model.path, revision=config.model.revision
-        )
+        if config.gemm.bench != "none":
+            self.record["model"] = {"name": name}
+            self._timed("gemm_s", self._gemm)
+            return
+        self.existing = existing_checkpoint(config.method)
+        if self.existing is not None:
+            from baselines.checkpoint_import import checkpoint_source
+
+            self.source = checkpoint_source(name, self.existing)
+        else:
+            self.source = resolve_model(
+                config.model.name, hub_id=config.model.hub_id, path=config.model.path, revision=config.model.revision
+            )
         if self.source.name != name:
             import dataclasses
 
@@ -131,7 +131,7 @@ class Cell:
         from odyssey.quantization.pipeline import job_digest, quantize_checkpoint
 
         config = self.config
-        architecture = LlamaFamily.from_directory(self.source.path)
+        architecture = LlamaFamily.from_directory(self.source.path, quantized=self.existing is not None)
         self.max_positions = architecture.max_positions
         method = build_method(config.method.name, config.method)
         self.record["method"] = {"name": method.name, "label": method.scheme.label, "scheme": method.scheme.to_dict()}
@@ -141,19 +141,23 @@ class Cell:
             self.record["size"] = {"disk_bytes": reader.total_bytes(), "bits_per_weight": float(8 * dtype.itemsize)}
             self.record["method"]["checkpoint_dtype"] = str(dtype).removeprefix("torch.")
             return None
-        calibration = self._calibration(architecture) if method.needs_calibration else None
         settings = settings_dict(config.method)
-        digest = job_digest(self.source, method, settings, calibration, config.seed)
-        directory = Path(config.output_dir) / self.source.name / "checkpoints" / f"{method.name}-{digest}"
-        if config.force:
-            _remove(directory)
-        report = quantize_checkpoint(
-            self.source, method, settings, calibration, directory,
-            device=self.device, seed=config.seed, progress=self.progress,
-        )  # fmt: skip
+        checkpoints = Path(config.output_dir) / self.source.name / "checkpoints"
+        if self.existing is not None:
+            directory, report = self._import(method.name, settings, checkpoints)
+        else:
+            calibration = self._calibration(architecture) if method.needs_calibration else None
+            digest = job_digest(self.source, method, settings, calibration, config.seed)
+            directory = checkpoints / f"{method.name}-{digest}"
+            if config.force:
+                _remove(directory)
+            report = quantize_checkpoint(
+                self.source, method, settings, calibration, directory,
+                device=self.device, seed=config.seed, progress=self.progress,
+            )  # fmt: skip
         self.record["quantization"] = {
             "checkpoint": os.path.relpath(directory, config.output_dir),
-            "job": digest,
+            "job": report.manifest["job"],
             "seconds": report.seconds,
             "block_seconds": report.block_seconds,
             "resumed_blocks": report.resumed_blocks,
@@ -163,6 +167,17 @@ class Cell:
         }
         self.record["size"] = report.manifest["size"]
         return directory
+
+    def _import(self, method: str, settings: dict, checkpoints: Path):
+        """An existing checkpoint in place of one that is quantized here: (directory, report)."""
+        from baselines.checkpoint_import import import_checkpoint
+
+        directory = checkpoints / f"{method}-existing-{self.source.fingerprint}"
+        if self.config.force:
+            _remove(directory)
+        report = import_checkpoint(self.source, method, settings, directory, self.progress)
+        self.record["method"].update({key: report.manifest[key] for key in ("label", "scheme")})
+        return directory, report
 
     def _calibration(self, architecture):
         from odyssey.data.calibration import sample_calibration
@@ -205,15 +220,24 @@ class Cell:
         from odyssey.data.texts import load_corpus
 
         group = self.config.accuracy.perplexity
-        dataset = dataset_of(group, self.config.model, default="wikitext2")
-        corpus = load_corpus(dataset, "test", path=group.path, root=self.config.data.root)
-        result = perplexity(
-            model, self.tokenizer, corpus,
-            window=self._clip_length("accuracy.perplexity.window", group.window),
-            max_windows=group.max_windows, progress=self.progress,
-        )  # fmt: skip
-        result["simulated"] = self.config.accuracy.simulate
-        self.record.setdefault("accuracy", {}).setdefault("perplexity", {})[dataset] = result
+        first = dataset_of(group, self.config.model, default="wikitext2")
+        results = self.record.setdefault("accuracy", {}).setdefault("perplexity", {})
+        failures: list[OdysseyError] = []
+        for dataset in (first, *group.also):
+            try:
+                path = group.path if dataset == first else None
+                corpus = load_corpus(dataset, "test", path=path, root=self.config.data.root)
+                result = perplexity(
+                    model, self.tokenizer, corpus,
+                    window=self._clip_length("accuracy.perplexity.window", group.window),
+                    max_windows=group.max_windows, seed=group.seed, progress=self.progress,
+                )  # fmt: skip
+            except OdysseyError as error:
+                failures.append(error)
+            else:
+                results[dataset] = {**result, "simulated": self.config.accuracy.simulate}
+        if failures:
+            raise type(failures[0])("; ".join(map(str, failures)))
 
     def _tasks(self, model) -> None:
         from odyssey.accuracy.tasks import evaluate_tasks, remove_saved
@@ -244,12 +268,39 @@ class Cell:
                 f"latency.input_len={group.input_len} + latency.output_len={group.output_len} exceed the "
                 f"{self.max_positions} positions of {self.source.name}; lower them"
             )
+        if self.existing is not None:
+            raise UnsupportedError(
+                f"method.checkpoint={self.existing}: latency is measured beside the unquantized model, which is not "
+                "there; use latency=none"
+            )
         reference = None if self.record["method"]["name"] == "fp16" else load_model(self.source, self.device)
         self.record["latency"] = measure(
             model, reference,
             batch_size=group.batch_size, input_len=group.input_len, output_len=group.output_len,
             warmup=group.warmup, repeats=group.repeats, seed=self.config.seed, progress=self.progress,
         )  # fmt: skip
+
+    def _gemm(self) -> None:
+        """Times single matrix products; the result stays beside the record, where tables and figures find it."""
+        from fastgemm.bench.__main__ import EXIT_NO_GPU, EXIT_WRONG
+        from fastgemm.bench.__main__ import main as bench
+
+        group, path = self.config.gemm, self.directory / GEMM_NAME
+        arguments = {
+            "--shapes": ",".join(group.shapes),
+            "--m": ",".join(map(str, group.m)),
+            "--against": ",".join(group.against),
+            "--rounds": str(group.rounds),
+            "--json": str(path),
+        }
+        code = bench([f"{name}={value}" for name, value in arguments.items()])
+        if code == EXIT_NO_GPU:
+            raise UnsupportedError("gemm.bench=fastgemm: needs an NVIDIA GPU, and torch can use none on this machine")
+        self.record["gemm"] = {"file": GEMM_NAME, "all_correct": code != EXIT_WRONG}
+        if code not in (0, EXIT_WRONG):
+            raise OdysseyError(f"gemm: python -m fastgemm.bench ended with code {code}; its last lines say why")
+        if code == EXIT_WRONG:
+            raise OdysseyError("gemm: a kernel's result was wrong; its rows have no time, the others are kept")
 
 
 def _device(name: str):
@@ -272,7 +323,7 @@ def _memory_peaks() -> dict:
 
     peaks = {"peak_rss_bytes": peak_rss_bytes(), "peak_cuda_bytes": None}
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
+    if torch is not None and torch.cuda.is_initialized():
         peaks["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
     return peaks
 
@@ -281,13 +332,9 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 def main(config_path: str, record_path: str, digest: str) -> int:
     """Entry of the child process: run the cell that the config file describes, write its record."""
+    die_with_parent()
     register_schemas()
     config = OmegaConf.load(config_path)
     plain = OmegaConf.to_container(config)

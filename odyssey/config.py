@@ -45,18 +45,23 @@ class CalibrationConfig:
 @dataclass
 class PerplexityConfig:
     """dataset: auto (a file if `path` is set, the embedded text for model=tiny, WikiText-2 otherwise), or one by name.
-    window: tokens per window, at most what the model takes. max_windows: evaluate only so many (null: all)."""
+    also: further data sets by name, one figure each. path: a text file, or with dataset=c4 a shard of C4.
+    window: tokens per window, at most what the model takes. max_windows: evaluate only so many (null: all; of C4, 256
+    windows that are drawn with `seed`)."""
 
     dataset: str = AUTO
+    also: list[str] = field(default_factory=list)
     path: str | None = None
     window: int = 2048
     max_windows: int | None = None
+    seed: int = 0
 
 
 @dataclass
 class AccuracyConfig:
     """perplexity: null leaves it out. tasks: lm-eval tasks by name. limit: evaluate only so many items of each task
-    (null: all). num_fewshot: null takes each task's own (MMLU: 5). batch_size: requests per forward pass.
+    (null: all). num_fewshot: null takes each task's own (MMLU: 5). batch_size: requests per forward pass where
+    text is generated. batch_tokens: tokens per forward pass where likelihoods are compared (padding included).
     simulate: fake quantization in place of the integers (labelled in the record)."""
 
     perplexity: PerplexityConfig | None = None
@@ -64,6 +69,7 @@ class AccuracyConfig:
     limit: int | None = None
     num_fewshot: int | None = None
     batch_size: int = 8
+    batch_tokens: int = 8192
     simulate: bool = False
 
 
@@ -81,14 +87,31 @@ class LatencyConfig:
 
 
 @dataclass
+class GemmConfig:
+    """Single matrix products in place of a model: bench: none or fastgemm (the cell is one run of python -m
+    fastgemm.bench). shapes: NxK sizes and names of models. m: numbers of tokens. against: kernels beside FastGEMM.
+    rounds: samples of each kernel."""
+
+    bench: str = "none"
+    shapes: list[str] = field(default_factory=lambda: ["llama2-7b"])
+    m: list[int] = field(default_factory=lambda: [1, 16, 64, 256, 1024, 4096])
+    against: list[str] = field(default_factory=lambda: ["w8a8", "cublas-fp16", "int-mm"])
+    rounds: int = 20
+
+
+@dataclass
 class TrackingConfig:
-    """backend: none or wandb. mode: offline or online (wandb's)."""
+    """backend: none or wandb. mode: offline or online (wandb's). group: null groups a sweep's runs under the name of
+    the sweep. dir: where runs are kept on disk (null: in each cell's directory). timeout_s: after so many seconds a
+    run is given up; the cell's record is not touched."""
 
     backend: str = "none"
     mode: str = "offline"
     project: str = "odyssey"
     entity: str | None = None
     group: str | None = None
+    dir: str | None = None
+    timeout_s: float = 300.0
 
 
 @dataclass
@@ -103,13 +126,16 @@ class RootConfig:
     """One cell: a method on a model, what is measured, and where the record goes.
 
     retry: none runs every cell that has no record with outcome ok; failed runs only cells whose record says that
-    they did not end ok, and leaves out those without a record."""
+    they did not end ok, and leaves out those without a record. timeout_s: a cell that runs longer is stopped, with
+    outcome timeout (null: no limit); what it finished is kept. preflight: only print what every cell needs and what it
+    would miss, run nothing."""
 
     method: Any = MISSING
     model: ModelConfig = MISSING
     calibration: CalibrationConfig = MISSING
     accuracy: AccuracyConfig = MISSING
     latency: LatencyConfig = MISSING
+    gemm: GemmConfig = field(default_factory=GemmConfig)
     tracking: TrackingConfig = MISSING
     data: DataConfig = field(default_factory=DataConfig)
     output_dir: str = "outputs"
@@ -117,6 +143,8 @@ class RootConfig:
     device: str = AUTO
     force: bool = False
     retry: str = "none"
+    timeout_s: float | None = None
+    preflight: bool = False
 
 
 def register_schemas() -> None:
@@ -130,6 +158,7 @@ def register_schemas() -> None:
         ("calibration", CalibrationConfig),
         ("accuracy", AccuracyConfig),
         ("latency", LatencyConfig),
+        ("gemm", GemmConfig),
         ("tracking", TrackingConfig),
     ):
         store.store(group=group, name=f"{group}_schema", node=node)
@@ -149,8 +178,8 @@ def validate(config: DictConfig) -> RootConfig:
     except ValueError as error:
         # The scheme speaks of weight_bits, the key is method.bits.
         raise ConfigError(f"method.{error}".replace("weight_bits", "bits")) from error
-    groups = ("model", "calibration", "accuracy", "latency", "tracking", "data")
-    scalars = ("output_dir", "seed", "device", "force", "retry")
+    groups = ("model", "calibration", "accuracy", "latency", "gemm", "tracking", "data")
+    scalars = ("output_dir", "seed", "device", "force", "retry", "timeout_s", "preflight")
     root = RootConfig(
         method=settings,
         **{name: OmegaConf.to_object(config[name]) for name in groups},
@@ -163,9 +192,14 @@ def validate(config: DictConfig) -> RootConfig:
     _check_choice("latency.engine", root.latency.engine, ENGINES)
     _check_choice("tracking.backend", root.tracking.backend, ("none", "wandb"))
     _check_choice("tracking.mode", root.tracking.mode, ("offline", "online"))
+    for key, value in (("timeout_s", root.timeout_s), ("tracking.timeout_s", root.tracking.timeout_s)):
+        if value is not None and not value > 0:
+            raise ConfigError(f"{key}={value:g}: must be more than 0 seconds")
+    _check_gemm(root.gemm)
     _check_dataset("calibration", root.calibration)
     if root.accuracy.perplexity is not None:
         _check_dataset("accuracy.perplexity", root.accuracy.perplexity)
+        _check_further_datasets(root)
         _check_at_least("accuracy.perplexity.window", root.accuracy.perplexity.window, 2)
         if root.accuracy.perplexity.max_windows is not None:
             _check_at_least("accuracy.perplexity.max_windows", root.accuracy.perplexity.max_windows, 1)
@@ -199,8 +233,28 @@ def _check_dataset(key: str, group: CalibrationConfig | PerplexityConfig) -> Non
     _check_choice(f"{key}.dataset", group.dataset, (AUTO, *DATASETS))
     if group.dataset == "file" and group.path is None:
         raise ConfigError(f"{key}.path: must name a file when {key}.dataset=file")
-    if group.path is not None and group.dataset not in (AUTO, "file"):
+    if group.path is not None and group.dataset not in (AUTO, "file", "c4"):
         raise ConfigError(f"{key}.path: cannot be combined with {key}.dataset={group.dataset}; leave the dataset out")
+
+
+def _check_gemm(group: GemmConfig) -> None:
+    _check_choice("gemm.bench", group.bench, ("none", "fastgemm"))
+    for key, values in (("shapes", group.shapes), ("m", group.m)):
+        if not values:
+            raise ConfigError(f"gemm.{key}: must name at least one")
+    for value in group.m:
+        _check_at_least("gemm.m", value, 1)
+    _check_at_least("gemm.rounds", group.rounds, 1)
+
+
+def _check_further_datasets(root: RootConfig) -> None:
+    allowed = [name for name in DATASETS if name != "file"]
+    seen = {dataset_of(root.accuracy.perplexity, root.model, default="wikitext2")}
+    for name in root.accuracy.perplexity.also:
+        _check_choice("accuracy.perplexity.also", name, (*allowed,))
+        if name in seen:
+            raise ConfigError(f"accuracy.perplexity.also: {name} is named twice")
+        seen.add(name)
 
 
 def _check_tasks(group: AccuracyConfig) -> None:
@@ -208,6 +262,7 @@ def _check_tasks(group: AccuracyConfig) -> None:
         if value is not None:
             _check_at_least(f"accuracy.{key}", value, minimum)
     _check_at_least("accuracy.batch_size", group.batch_size, 1)
+    _check_at_least("accuracy.batch_tokens", group.batch_tokens, 1)
     for name in group.tasks:
         if group.tasks.count(name) > 1:
             raise ConfigError(f"accuracy.tasks: {name} is named twice")
@@ -221,7 +276,7 @@ def _check_tasks(group: AccuracyConfig) -> None:
 def dataset_of(group: CalibrationConfig | PerplexityConfig, model: ModelConfig, default: str) -> str:
     """Resolve dataset=auto."""
     if group.path is not None:
-        return "file"
+        return "c4" if group.dataset == "c4" else "file"
     if group.dataset != AUTO:
         return group.dataset
     return "embedded" if model.name == "tiny" and model.path is None else default
@@ -236,6 +291,7 @@ def typed_config(content: DictConfig) -> DictConfig:
         ("calibration", CalibrationConfig),
         ("accuracy", AccuracyConfig),
         ("latency", LatencyConfig),
+        ("gemm", GemmConfig),
         ("tracking", TrackingConfig),
     ):
         typed[name] = OmegaConf.structured(node)

@@ -7,6 +7,7 @@ every job of the sweep is composed and validated first.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -18,22 +19,32 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from odyssey.config import validate
+from odyssey.config import RootConfig, validate
 from odyssey.errors import ConfigError
 
 
-def check_command_line(arguments: list[str], config_dir: Path) -> None:
+@dataclass(frozen=True)
+class CommandLine:
+    """What the arguments ask for: the cells, whether they are a sweep, and the composed hydra.launcher of a sweep."""
+
+    cells: list[RootConfig]
+    is_sweep: bool = False
+    launcher: dict = field(default_factory=dict)
+
+
+def check_command_line(arguments: list[str], config_dir: Path) -> CommandLine:
     """Compose and validate every job that the arguments ask for. Raises ConfigError naming the key."""
     parsed = get_args_parser().parse_args(arguments)
     if parsed.help or parsed.hydra_help or parsed.cfg or parsed.info or parsed.shell_completion:
-        return
+        return CommandLine([])
     with initialize_config_dir(str(config_dir), version_base="1.3"):
-        for overrides in _jobs(parsed):
-            validate(_compose(overrides))
+        jobs, launcher = _jobs(parsed)
+        cells = [validate(_compose(overrides)) for overrides in jobs]
+    return CommandLine(cells, launcher is not None, launcher or {})
 
 
-def _jobs(parsed) -> list[list[str]]:
-    """The override list of every job: the sweep's values expanded, one list for a single run."""
+def _jobs(parsed) -> tuple[list[list[str]], dict | None]:
+    """The override list of every job: the sweep's values expanded, one for a single run; and a sweep's launcher."""
     try:
         overrides = OverridesParser.create().parse_overrides(parsed.overrides)
     except OverrideParseException as error:
@@ -45,12 +56,13 @@ def _jobs(parsed) -> list[list[str]]:
     if not parsed.multirun and config.hydra.mode != RunMode.MULTIRUN:
         if swept:
             raise ConfigError(f"{swept[0].input_line}: several values need a sweep; add -m")
-        return [plain_lines]
+        return [plain_lines], None
     params = dict(config.hydra.sweeper.get("params") or {})
     named = {override.get_key_element() for override in overrides}
     lines = [f"{key}={value}" for key, value in params.items() if key not in named] + parsed.overrides
     expanded = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(lines), max_batch_size=None)
-    return [list(job) for batch in expanded for job in batch]
+    launcher = OmegaConf.to_container(config.hydra.launcher, resolve=True)
+    return [list(job) for batch in expanded for job in batch], launcher
 
 
 def _compose(overrides: list[str], hydra_config: bool = False) -> DictConfig:

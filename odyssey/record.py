@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from odyssey.config import RootConfig
-from odyssey.methods import settings_dict
+from odyssey.methods import existing_checkpoint, settings_dict
 
 RECORD_NAME = "record.json"
 RECORD_VERSION = 1
@@ -19,6 +19,9 @@ OK = "ok"
 
 def cell_digest(config: RootConfig, model_fingerprint: str) -> str:
     """12 hex digits over everything that determines a cell's results (not where they go or how they are tracked)."""
+    if config.gemm.bench != "none":
+        content = {"version": RECORD_VERSION, "gemm": dataclasses.asdict(config.gemm), "device": config.device}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
     content = {
         "version": RECORD_VERSION,
         "method": {"name": config.method.name, **settings_dict(config.method)},
@@ -45,10 +48,19 @@ def _data_state(config: RootConfig) -> dict[str, str | None]:
     return state
 
 
+def cell_directory(config: RootConfig, digest: str) -> Path:
+    """<output_dir>/<model>/<method>-<digest>; of single matrix products <output_dir>/gemm/<library>-<digest>."""
+    name = config.method.name if config.gemm.bench == "none" else config.gemm.bench
+    return Path(config.output_dir) / model_directory_name(config) / f"{name}-{digest}"
+
+
 def model_directory_name(config: RootConfig) -> str:
     """The model's name in output paths: a local directory's own name unless model.name says otherwise."""
-    if config.model.path is not None and config.model.name in ("tiny", "local"):
-        return Path(config.model.path).expanduser().resolve().name
+    if config.gemm.bench != "none":
+        return "gemm"
+    path = config.model.path if config.model.path is not None else existing_checkpoint(config.method)
+    if path is not None and config.model.name in ("tiny", "local"):
+        return Path(path).expanduser().resolve().name
     return config.model.name
 
 

@@ -1,54 +1,65 @@
-"""A finished cell as a Weights & Biases run: config, scalars, and an artifact with the record and the manifest."""
+"""`python -m odyssey.tracking.wandb_tracker`: sends the TrackingJob on standard input to Weights & Biases."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
-from odyssey.config import TrackingConfig
-from odyssey.quantization.checkpoint import MANIFEST_NAME
-from odyssey.record import RECORD_NAME
+from odyssey.tracking.job import TrackingJob
 
 
-def track_cell(tracking: TrackingConfig, record: dict, directory: Path, output_dir: Path) -> None:
-    """Log one record. A failure to track is printed and never fails the cell."""
-    try:
-        _track(tracking, record, directory, output_dir)
-    except Exception as error:  # whatever goes wrong in a tracker must not cost a measurement
-        print(f"tracking: not logged ({type(error).__name__}: {error}); the record is unharmed", file=sys.stderr)
+class TrackingError(Exception):
+    """The run cannot be kept where it was asked for."""
 
 
-def _track(tracking: TrackingConfig, record: dict, directory: Path, output_dir: Path) -> None:
+def send(job: TrackingJob) -> Path | None:
+    """Log one run; returns its directory on disk. Raises whatever wandb raises, or TrackingError."""
     import wandb
 
-    model = record.get("model", {}).get("name", record["config"]["model"]["name"])
-    name = f"{model} {record['config']['method']['name']}"
+    settings = job.tracking
+    directory = Path(settings.dir).expanduser() if settings.dir else Path(job.directory)
+    _check_writable(directory)
     run = wandb.init(
-        project=tracking.project, entity=tracking.entity, group=tracking.group, mode=tracking.mode,
-        dir=str(directory), name=name, config=record["config"], reinit="finish_previous",
+        project=settings.project, entity=settings.entity, group=job.group, job_type=job.job_type, mode=settings.mode,
+        dir=str(directory), name=job.name, config=job.config,
     )  # fmt: skip
     with run:
-        run.summary.update(scalars(record))
-        run.summary["outcome"] = record["outcome"]
-        artifact = wandb.Artifact(f"record-{record['digest']}", type="record")
-        artifact.add_file(str(directory / RECORD_NAME))
-        checkpoint = record.get("quantization", {}).get("checkpoint")
-        if checkpoint is not None:
-            artifact.add_file(str(output_dir / checkpoint / MANIFEST_NAME))
-        run.log_artifact(artifact)
+        run.summary.update(job.scalars)
+        logged = {table.name: wandb.Table(columns=table.columns, data=table.rows) for table in job.tables}
+        logged |= {f"figures/{title}": wandb.Image(path) for title, path in job.images.items()}
+        if logged:
+            run.log(logged)
+        if job.artifact:
+            artifact = wandb.Artifact(job.artifact, type="record")
+            for name, path in job.artifact_files.items():
+                artifact.add_file(path, name=name)
+            run.log_artifact(artifact)
+    return Path(run.dir).parent
 
 
-def scalars(record: dict) -> dict[str, float]:
-    """The figures of a record under dotted names, without configuration, samples and lists."""
-    found: dict[str, float] = {}
-    for section in ("accuracy", "latency", "size", "memory", "timings"):
-        _collect(record.get(section), section, found)
-    return found
+def _check_writable(directory: Path) -> None:
+    """wandb itself would go to a temporary directory without a word that lasts."""
+    target = directory / "wandb"
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        probe = target / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise TrackingError(f"{target}: cannot be written ({error.strerror}); set tracking.dir") from error
 
 
-def _collect(value, name: str, found: dict[str, float]) -> None:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            _collect(inner, f"{name}.{key}", found)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        found[name] = value
+def main() -> int:
+    try:
+        send(TrackingJob.from_json(sys.stdin.read()))
+    except Exception as error:  # the caller needs one line, whatever a tracker raises
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        prefix = "" if isinstance(error, TrackingError) else f"{type(error).__name__}: "
+        print(f"{prefix}{lines[0]}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -26,7 +26,7 @@ def cell(project_root, tmp_path):
                 config = compose("config", overrides=["method=rtn", f"output_dir={tmp_path}", *overrides])
             return runner.run_cell(config)
 
-        def child(self, config, directory, digest):
+        def child(self, config, directory, digest, environment, line_label):
             self.started += 1
             plain = OmegaConf.to_container(config, resolve=True)
             record = {"outcome": self.outcome, "reason": "why", "config": plain, "digest": digest}
@@ -75,25 +75,12 @@ def test_retry_is_no_part_of_what_a_cell_is(cell, monkeypatch):
 
 
 def test_an_interrupted_cell_leaves_a_record_that_is_retried(cell, monkeypatch):
-    class Child:
-        def __init__(self, *arguments, **options):
-            self.stdout = self
-            self.killed = False
+    def interrupted(self, timeout_s):
+        raise KeyboardInterrupt
 
-        def __iter__(self):
-            raise KeyboardInterrupt
-
-        def kill(self):
-            self.killed = True
-
-        def wait(self):
-            return -9
-
-    real = runner.subprocess.Popen
-    monkeypatch.setattr(runner.subprocess, "Popen", Child)
+    monkeypatch.setattr(runner.ChildProcess, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         cell()
-    monkeypatch.setattr(runner.subprocess, "Popen", real)
     monkeypatch.setattr(runner, "_run_child", cell.child)
     (path,) = runner.Path(cell("retry=failed").path).parent.parent.glob("*/record.json")
     assert cell.started == 1

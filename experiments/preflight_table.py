@@ -1,0 +1,55 @@
+"""The preflight of a command line as a table: what each cell is predicted to take, and what it would miss."""
+
+from __future__ import annotations
+
+from experiments.table import Column, Table
+from odyssey.config import RootConfig
+from odyssey.preflight import Prediction, preflight
+
+_GIB = 2**30
+
+
+def print_preflight(cells: list[RootConfig], runs_here: bool = True) -> bool:
+    """Print the table; returns whether every cell can end ok as far as that can be told."""
+    predictions = [preflight(cell, runs_here) for cell in cells]
+    print(preflight_table(predictions).render("terminal"), flush=True)
+    return all(prediction.can_run for prediction in predictions)
+
+
+def preflight_table(predictions: list[Prediction]) -> Table:
+    """One row per cell; below it what was found missing, each once with the cells that it concerns."""
+    columns = (
+        Column("cell", "cell", "{:d}"),
+        Column("model", "model"),
+        Column("method", "method"),
+        Column("gpu", "GPU GiB", "{:.1f}"),
+        Column("host", "host GiB", "{:.1f}"),
+        Column("disk", "disk GiB", "{:.2f}"),
+        Column("minutes", "about min", "{:.0f}"),
+        Column("checks", "checks"),
+    )
+    rows = tuple(_row(number, prediction) for number, prediction in enumerate(predictions))
+    return Table("preflight", f"Preflight of {len(rows)} cells (predicted)", columns, rows, tuple(_notes(predictions)))
+
+
+def _row(number: int, prediction: Prediction) -> tuple:
+    missing = [check.name for check in prediction.checks if check.ok is False]
+    unsure = [f"{check.name}?" for check in prediction.checks if check.ok is None]
+    figures = (None, None, None, None)
+    if prediction.known:
+        bytes_ = (prediction.gpu_bytes or None, prediction.host_bytes, prediction.disk_bytes)
+        figures = (*(None if each is None else each / _GIB for each in bytes_), prediction.seconds / 60)
+    return (number, prediction.model, prediction.label, *figures, ", ".join([*missing, *unsure]) or "ok")
+
+
+def _notes(predictions: list[Prediction]) -> list[str]:
+    cells: dict[tuple[str, str], list[str]] = {}
+    for number, prediction in enumerate(predictions):
+        for check in prediction.checks:
+            if not check.ok:
+                cells.setdefault((check.name, check.text), []).append(str(number))
+        if not prediction.known:
+            unknown = f"of {prediction.model} are not known before it is read"
+            cells.setdefault(("sizes", unknown), []).append(str(number))
+    notes = [f"{name}: {text} (cell {', '.join(numbers)})" for (name, text), numbers in cells.items()]
+    return notes or ["Nothing is missing."]
