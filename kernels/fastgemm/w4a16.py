@@ -160,9 +160,7 @@ def gemm(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None = None
     return y if bias is None else y.add_(bias)
 
 
-def dequantize(
-    values: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int
-) -> torch.Tensor:
+def dequantize(values: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int) -> torch.Tensor:
     """(value - zero) * scale in fp32: [N, K], arguments as in `pack` (group_size K or less)."""
     k = values.shape[1]
     centred = values.to(torch.float32)
@@ -225,7 +223,23 @@ def _int4_words(values: torch.Tensor) -> torch.Tensor:
     return words
 
 
-def _pack_humming(values, scales, zeros, group_size, dtype):
+def humming_weight(
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    group_size: int,
+    dtype: torch.dtype,
+    input_dtype: str | None = None,
+) -> tuple[object, dict[str, torch.Tensor]]:
+    """A weight in the form of humming-kernels, its kernels compiled: (description, tensors).
+
+    Args:
+        values, scales, zeros, group_size, dtype: as in `pack` (group_size K or less).
+        input_dtype: humming's name of the activations' type, "int8" for W4A8; None: `dtype`.
+
+    Raises:
+        UnsupportedError: humming is not installed, or does not take the weight.
+    """
     n, k = values.shape
     if not values.is_cuda or torch.cuda.get_device_capability(values.device) < (7, 5):
         raise UnsupportedError("it needs an NVIDIA GPU of compute capability 7.5 or newer")
@@ -240,23 +254,30 @@ def _pack_humming(values, scales, zeros, group_size, dtype):
         )
     from humming import dtypes
     from humming.kernel.humming import HummingKernel
-    from humming.schema.humming import HummingWeightSchema
+    from humming.schema.humming import HummingInputSchema, HummingWeightSchema
     from humming.transform import prepare_and_transform_humming_tensors
 
     tensors = {"weight": _int4_words(values), "weight_scale": scales.to(dtype).contiguous()}
     if zeros is not None:
         tensors["zero_point"] = _int4_words(zeros.t().contiguous()).t().contiguous()
+    float_type = dtypes.DataType.from_torch_dtype(dtype)
     schema = HummingWeightSchema(
         b_dtype=dtypes.DataType.from_str("uint4"),
-        bs_dtype=dtypes.DataType.from_torch_dtype(dtype),
+        bs_dtype=float_type,
         weight_scale_group_size=0 if per_channel else group_size,
         has_zero_point=zeros is not None,
     )
+    inputs = HummingInputSchema(a_dtype=float_type if input_dtype is None else dtypes.DataType.from_str(input_dtype))
     with torch.cuda.device(values.device):
         config, tensors = prepare_and_transform_humming_tensors(
-            tensors, n, k, schema, torch_dtype=dtype, device=values.device
+            tensors, n, k, schema, inputs, torch_dtype=dtype, device=values.device
         )
         HummingKernel.prepare_kernels(config.to_str(), device=values.device)
         # Synchronisation words of its split reductions, one set for each weight: layers may run on several streams.
         tensors["locks"] = torch.zeros(2048, dtype=torch.int32, device=values.device)
+    return config, tensors
+
+
+def _pack_humming(values, scales, zeros, group_size, dtype):
+    config, tensors = humming_weight(values, scales, zeros, group_size, dtype)
     return tensors, config

@@ -5,12 +5,15 @@
 
 Every kernel's launches are captured in a CUDA graph whose weights rotate past the L2 cache; the kernels take turns,
 round by round; a row gives the median, the interquartile spread, the share of the limit (bytes at the measured read
-bandwidth, or operations at the stated rate, whichever takes longer) and the error against float64.
+bandwidth, or operations at the stated rate, whichever takes longer) and the error against float64. `--energy-from`
+adds a continuous run of about a second, when the GPU has warmed up to its power limit: time, power, energy a launch.
 """
 
 import argparse
 import gc
+import math
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +27,11 @@ from .plot import draw
 from .problem import Activations, Weights, relative_error
 from .report import add_speedups, format_row, header, make_row, write_json
 from .timing import GraphTimer, read_bandwidth, run_interleaved, weight_copies
+
+# A continuous run for the energy of a launch: NVML's counter advances every 20 to 100 ms.
+SUSTAINED_WARM_UP_S = 0.3
+SUSTAINED_S = 0.6
+SUSTAINED_PARTS = 6
 
 EXIT_FAILED = 1
 EXIT_NO_GPU = 2
@@ -47,6 +55,7 @@ def _bench_size(
     rounds: int,
     bandwidth: float,
     monitor: Monitor,
+    energy_from: float,
 ) -> list[dict]:
     gpu = torch.cuda.get_device_name()
     n, k = weights.n, weights.k
@@ -55,7 +64,7 @@ def _bench_size(
     for kernel, copies in prepared:
         try:
             y = as_output(kernel, kernel.multiply(copies[0], x), weights, x)
-            error = relative_error(y, weights, kernel.value_bits, x)
+            error = relative_error(y, weights, kernel.weight_bits, x, kernel.math == "int8")
             del y
             timer = GraphTimer(lambda i, kernel=kernel, copies=copies: kernel.multiply(copies[i], x), len(copies))
         except (RuntimeError, ValueError, TypeError, AssertionError) as failure:
@@ -70,8 +79,28 @@ def _bench_size(
     clocks = monitor.take()
     for kernel, timer, error in timed:
         row = make_row(kernel, n, k, m, timer.timing, error, bandwidth, gpu)
+        if m >= energy_from:
+            row.update(_sustained(timer, monitor))
         rows.append({**row, "clocks": clocks})
     return rows
+
+
+def _sustained(timer: GraphTimer, monitor: Monitor) -> dict[str, object]:
+    """Time, power, clocks and energy of one launch in a continuous run, when the power limit has set in."""
+    timer.sustain(SUSTAINED_WARM_UP_S)
+    monitor.take()
+    joules, begin = monitor.energy_joules(), time.perf_counter()
+    launches = 0
+    for _ in range(SUSTAINED_PARTS):
+        launches += timer.sustain(SUSTAINED_S / SUSTAINED_PARTS)
+        monitor.sample()
+    seconds = time.perf_counter() - begin
+    after = monitor.energy_joules()
+    found: dict[str, object] = {"sustained_us": seconds / launches * 1e6, "sustained_clocks": monitor.take()}
+    if joules is not None and after is not None:
+        found["power_w"] = (after - joules) / seconds
+        found["energy_mj"] = (after - joules) / launches * 1e3
+    return found
 
 
 def _parse_tokens(text: str) -> list[int]:
@@ -110,7 +139,7 @@ def run(options: argparse.Namespace) -> int:
             except Exception as failure:  # another library's failure is a row, not the end of the run
                 missing.append((kernel.name, f"failed to prepare: {_first_line(failure)}"))
         for m in tokens:
-            found = _bench_size(weights, m, prepared, options.rounds, bandwidth, monitor)
+            found = _bench_size(weights, m, prepared, options.rounds, bandwidth, monitor, options.energy_from)
             found += [{"n": shape.n, "k": shape.k, "m": m, "kernel": n, "unavailable": why} for n, why in missing]
             for row in found:
                 row.update(model=shape.model, layer=shape.layer)
@@ -140,6 +169,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--m", default="1,16,64,256,1024,4096", help="numbers of tokens")
     parser.add_argument("--against", default="w8a8,cublas-fp16,int-mm", help=f"out of {', '.join(KERNELS)}")
     parser.add_argument("--rounds", type=int, default=20, help="samples of each kernel")
+    parser.add_argument(
+        "--energy-from", type=int, default=math.inf, metavar="M", help="measure power and energy from M tokens on"
+    )
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--plot", type=Path, help="draw the result here (.png, .pdf, .svg)")
     options = parser.parse_args(arguments)

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import ablation, ops
+from .. import ablation, ops, w4a16
 from ..packing import pack
 from .problem import Activations, Weights
+
+W4A16_GROUP_SIZE = 128
 
 
 class UnavailableError(RuntimeError):
@@ -24,13 +26,13 @@ class Kernel:
 
     Attributes:
         name: as given to `--against`.
-        weight_bits: width of the weight values it multiplies with (16: the 8-bit values held in fp16 or bf16).
+        weight_bits: width of the weight values it multiplies with.
         stored_bits: bits per weight read from memory, scales left out.
         math: "int8" or "fp16", the tensor-core rate that limits it.
         prepare: makes its form of the weight; raises UnavailableError.
         multiply: the timed call, (prepared weight, activations) -> [m, n].
         tolerance: largest relative error that counts as correct.
-        note: what differs from our product, for the report.
+        note: what the figure means, or what differs from our product; for the report.
     """
 
     name: str
@@ -43,33 +45,28 @@ class Kernel:
     note: str = ""
 
     @property
-    def value_bits(self) -> int:
-        """Width of the integer grid its weight lies on."""
-        return 4 if self.weight_bits == 4 else 8
-
-    @property
     def activation_bytes(self) -> int:
         """Bytes of one activation value."""
         return 1 if self.math == "int8" else 2
 
 
-def _fastgemm(arch: int) -> dict:
+def _fastgemm(**options) -> dict:
     return {
         "weight_bits": 4,
         "stored_bits": 4,
         "math": "int8",
         "prepare": lambda w: (pack(w.int4), w.scale.clone()),
-        "multiply": lambda w, x: ops.w4a8_gemm(x.int8, x.scale, *w, arch=arch),
+        "multiply": lambda w, x: ops.w4a8_gemm(x.int8, x.scale, *w, **options),
     }
 
 
-def _w8a8(arch: int) -> dict:
+def _w8a8(**options) -> dict:
     return {
         "weight_bits": 8,
         "stored_bits": 8,
         "math": "int8",
         "prepare": lambda w: (w.int8.clone(), w.scale.clone()),
-        "multiply": lambda w, x: ops.w8a8_gemm(x.int8, x.scale, *w, arch=arch),
+        "multiply": lambda w, x: ops.w8a8_gemm(x.int8, x.scale, *w, **options),
     }
 
 
@@ -94,45 +91,50 @@ def _prepare_int_mm(w: Weights) -> tuple[torch.Tensor, torch.Tensor]:
     return w.int8.clone(), w.scale
 
 
-def _prepare_tinygemm(w: Weights) -> tuple[torch.Tensor, torch.Tensor]:
-    if w.k % 128 != 0:
-        raise UnavailableError("needs K to be a multiple of 128")
-    values = (w.int4 + 8).to(torch.uint8)
-    pairs = (values[:, ::2] << 4) | values[:, 1::2]
-    packed = torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), 8)
-    scale = w.scale.bfloat16()[None, :].expand(w.k // 128, w.n)
-    return packed, torch.stack([scale, torch.zeros_like(scale)], dim=2).contiguous()
+def _prepare_w4a16(backend: str) -> Callable[[Weights], w4a16.PackedWeight]:
+    dtype = torch.bfloat16 if backend == "torch" else torch.float16
+
+    def prepare(w: Weights) -> w4a16.PackedWeight:
+        scales = w.scale[:, None].repeat(1, -(-w.k // W4A16_GROUP_SIZE))
+        try:
+            return w4a16.pack((w.int4 + 8).to(torch.uint8), scales, None, W4A16_GROUP_SIZE, dtype, backend=backend)
+        except ValueError as error:
+            raise UnavailableError(str(error)) from error
+
+    return prepare
 
 
-def _prepare_humming(w: Weights) -> torch.nn.Module:
+def _prepare_humming(w: Weights) -> tuple[object, dict[str, torch.Tensor]]:
     try:
-        from humming.layer import HummingLayer
-    except ImportError as error:
-        raise UnavailableError(f"humming-kernels is not installed ({error})") from error
-    layer = HummingLayer(
-        shape_n=w.n,
-        shape_k=w.k,
-        weight_config={"dtype": "int4"},
-        input_config={"dtype": "int8"},
-        torch_dtype=torch.float16,
-    ).cuda()
-    layer.load_from_unquantized(w.dequantized(4, torch.float16))
-    layer.transform()
-    return layer
+        return w4a16.humming_weight((w.int4 + 8).to(torch.uint8), w.scale[:, None], None, w.k, torch.float16, "int8")
+    except w4a16.UnsupportedError as error:
+        raise UnavailableError(str(error)) from error
 
 
+def _multiply_humming(w: tuple[object, dict[str, torch.Tensor]], x: Activations) -> torch.Tensor:
+    from humming.forward import humming_forward
+
+    config, tensors = w
+    return humming_forward(config, inputs=x.int8, input_scale=x.scale[:, None], **tensors)
+
+
+_READY = "called with weights_ready: the weight is loaded while the preceding launch finishes, as in inference"
 _KERNELS = [
-    Kernel("fastgemm", **_fastgemm(0)),
-    Kernel("fastgemm-sm80", **_fastgemm(80), note="the mma.sync kernel"),
-    Kernel("w8a8", **_w8a8(0)),
-    Kernel("w8a8-sm80", **_w8a8(80), note="the mma.sync kernel"),
+    Kernel("fastgemm", **_fastgemm()),
+    Kernel("fastgemm-ready", **_fastgemm(weights_ready=True), note=_READY),
+    Kernel("fastgemm-sm80", **_fastgemm(arch=80), note="the mma.sync kernel"),
+    Kernel("w8a8", **_w8a8()),
+    Kernel("w8a8-ready", **_w8a8(weights_ready=True), note=_READY),
+    Kernel("w8a8-sm80", **_w8a8(arch=80), note="the mma.sync kernel"),
     Kernel(
         "cublas-fp16",
         weight_bits=16,
         stored_bits=16,
         math="fp16",
-        prepare=lambda w: w.dequantized(8, torch.float16),
+        prepare=lambda w: w.fp16.clone(),
         multiply=lambda w, x: torch.mm(x.fp16, w.t()),
+        tolerance=2e-3,
+        note="normally distributed fp16 operands",
     ),
     Kernel(
         "int-mm",
@@ -146,12 +148,21 @@ _KERNELS = [
     Kernel(
         "w4a16",
         weight_bits=4,
-        stored_bits=4 + 32 / 128,
+        stored_bits=4 + 32 / W4A16_GROUP_SIZE,
         math="fp16",
-        prepare=_prepare_tinygemm,
-        multiply=lambda w, x: torch.ops.aten._weight_int4pack_mm(x.bf16, w[0], 128, w[1]),
+        prepare=_prepare_w4a16("torch"),
+        multiply=lambda w, x: w4a16.gemm(x.bf16, w),
         tolerance=1e-2,
         note="torch's own W4A16 (tinygemm), bf16, group size 128",
+    ),
+    Kernel(
+        "w4a16-humming",
+        weight_bits=4,
+        stored_bits=4 + 16 / W4A16_GROUP_SIZE,
+        math="fp16",
+        prepare=_prepare_w4a16("humming"),
+        multiply=lambda w, x: w4a16.gemm(x.fp16, w),
+        note="humming-kernels W4A16, fp16, group size 128, its default tuning",
     ),
     Kernel(
         "grouped",
@@ -186,7 +197,7 @@ _KERNELS = [
         stored_bits=4,
         math="int8",
         prepare=_prepare_humming,
-        multiply=lambda layer, x: layer(x.int8, input_scale=x.scale[:, None]),
+        multiply=_multiply_humming,
         note="humming-kernels W4A8, its default tuning",
     ),
 ]

@@ -73,6 +73,14 @@ class Monitor:
         columns = {key: [s[key] for s in samples] for key in samples[0]}
         return {k: {"min": min(v), "mean": sum(v) / len(v), "max": max(v)} for k, v in columns.items()}
 
+    def energy_joules(self) -> float | None:
+        """Energy the GPU has used since its driver was loaded; None where NVML does not say."""
+        if self._nvml is None:
+            return None
+        with contextlib.suppress(self._nvml.NVMLError):
+            return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1000
+        return None
+
     def driver(self) -> dict[str, object]:
         """Driver version, power limit and top clocks; empty without NVML."""
         if self._nvml is None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 # Launches of one graph replay last at least this long, so that a replay's own cost (microseconds) disappears.
-MIN_REPLAY_US = 500.0
-MAX_LAUNCHES = 200
+MIN_REPLAY_US = 1000.0
+MAX_LAUNCHES = 500
 WARM_UP_REPLAYS = 3
 
 
@@ -66,9 +66,11 @@ class GraphTimer:
         with torch.cuda.stream(stream):  # first calls compile, tune and allocate, and must not be captured
             for i in range(copies):
                 launch(i)
-            stream.synchronize()
-            estimate = _elapsed_us(lambda: [launch(i) for i in range(copies)]) / copies
         torch.cuda.current_stream().wait_stream(stream)
+        # Launches outside a graph would be timed at the rate of the host.
+        trial = _capture(launch, copies)
+        trial.replay()
+        estimate = min(_elapsed_us(trial.replay) for _ in range(3)) / copies
         rotations = max(1, min(math.ceil(MIN_REPLAY_US / (estimate * copies)), MAX_LAUNCHES // copies))
         self.timing = Timing(launches=rotations * copies, copies=copies)
         self._graph = _capture(lambda i: launch(i % copies), self.timing.launches)
@@ -79,6 +81,14 @@ class GraphTimer:
     def sample(self) -> None:
         """Add the time of one replay."""
         self.timing.samples_us.append(_elapsed_us(self._graph.replay) / self.timing.launches)
+
+    def sustain(self, seconds: float) -> int:
+        """Replay for about `seconds` without a pause; returns the number of launches."""
+        replays = max(1, math.ceil(seconds * 1e6 / (self.timing.median_us * self.timing.launches)))
+        for _ in range(replays):
+            self._graph.replay()
+        torch.cuda.synchronize()
+        return replays * self.timing.launches
 
 
 def run_interleaved(timers: Sequence[GraphTimer], rounds: int, between: Callable[[], None] | None = None) -> None:
