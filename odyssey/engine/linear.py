@@ -8,6 +8,8 @@ they are in the checkpoint.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch.nn import functional as F
 
@@ -127,7 +129,25 @@ class W4A16Linear:
         return self.packed.nbytes
 
 
-Linear = FloatLinear | W8A8Linear | W4A8Linear | GroupedW4A8Linear | W4A16Linear
+class OrderedLinear:
+    """A layer whose columns are not in the order of the input features (checkpoints with activation order)."""
+
+    def __init__(self, layer: Linear, order: torch.Tensor) -> None:
+        self._layer, self._order = layer, order
+        self.takes_int8 = layer.takes_int8
+
+    def __call__(self, x: Activation) -> torch.Tensor:
+        if self.takes_int8:
+            values, token_scales = x
+            return self._layer((values.index_select(1, self._order), token_scales))
+        return self._layer(x.index_select(1, self._order))
+
+    @property
+    def nbytes(self) -> int:
+        return self._layer.nbytes + self._order.nbytes
+
+
+Linear = OrderedLinear | FloatLinear | W8A8Linear | W4A8Linear | GroupedW4A8Linear | W4A16Linear
 
 
 def quantized_linear(
@@ -137,6 +157,9 @@ def quantized_linear(
 
     Raises UnsupportedError for sizes that the format's kernel does not take.
     """
+    if weight.order is not None:
+        in_order = dataclasses.replace(weight, order=None)
+        return OrderedLinear(quantized_linear(in_order, bias, form, dtype), weight.order)
     out_features, in_features = weight.values.shape
     multiple = form.input_multiple() if form.takes_int8 else 1
     if form.takes_int8 and (out_features % 16 or in_features % multiple):

@@ -159,6 +159,7 @@ class _QuantizedBlocks:
                 torch.cat([part.scales for part in parts]),
                 parts[0].scheme,
                 None if parts[0].zeros is None else torch.cat([part.zeros for part in parts]),
+                _common_order(parts, f"layer {index}: {', '.join(names)}"),
             )
             biases = [block.tensors.get(f"{name}.bias") for name in names]
             bias = None
@@ -178,6 +179,9 @@ def _padded(weight: QuantizedWeight, rows: int | None, columns: int | None, devi
     """`weight` on `device` with zeros up to `rows` output and `columns` input features; each has the value 0."""
     out_features, in_features = weight.values.shape
     below, right = (rows or out_features) - out_features, (columns or in_features) - in_features
+    order = weight.order
+    if order is not None:
+        order = torch.cat((order, torch.arange(in_features, in_features + right))).to(device)
     groups = weight.scheme.num_groups(in_features + right) - weight.scales.shape[1]
     zeros = weight.zeros
     return QuantizedWeight(
@@ -185,7 +189,17 @@ def _padded(weight: QuantizedWeight, rows: int | None, columns: int | None, devi
         F.pad(weight.scales.to(device), (0, groups, 0, below), value=1.0),
         weight.scheme,
         None if zeros is None else F.pad(zeros.to(device), (0, groups, 0, below)),
+        order,
     )
+
+
+def _common_order(parts: list[QuantizedWeight], what: str) -> torch.Tensor | None:
+    """The order of columns that layers share which are merged into one; None for that of the input features."""
+    first = parts[0].order
+    for part in parts[1:]:
+        if (part.order is None) != (first is None) or (first is not None and not torch.equal(part.order, first)):
+            raise UnsupportedError(f"{what} have their columns in different orders and cannot be one product")
+    return first
 
 
 def random_weights(
