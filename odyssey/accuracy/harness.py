@@ -6,27 +6,24 @@ Importing this module imports lm-eval (seconds); the cell does so only when task
 from __future__ import annotations
 
 import contextlib
-import copy
+import functools
 import hashlib
 import importlib.metadata
 import json
-import logging
 import math
-import os
 import time
 from collections.abc import Iterator
 
 import datasets
-import torch
+import lm_eval.utils
+import numpy as np
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.evaluator import evaluate
-from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from torch import nn
-from transformers import PreTrainedTokenizerBase
 
+from odyssey.accuracy.adapter import HarnessModel, quiet
 from odyssey.data.task_files import TaskSource
 from odyssey.errors import MissingDataError, UnsupportedError
 from odyssey.progress import Progress
@@ -35,70 +32,6 @@ from odyssey.progress import Progress
 BOOTSTRAP_ITERATIONS = 1000
 # The metric that stands for a task: the first of these that it has, else its first one.
 PRIMARY_METRICS = ("acc_norm", "acc")
-
-
-class HarnessModel(HFLM):
-    """lm-eval's adapter for Transformers models around a loaded model, its linear layers as they are.
-
-    lm-eval sorts requests by length, longest first, and pads a batch on the right. Added here: progress, a count of
-    the requests that do not fit into the model's positions (lm-eval cuts their context from the left), log-softmax in
-    float32 whatever the logits' dtype is, and no KV cache where nothing is generated.
-    """
-
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
-        prefix = None
-        if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-            # lm-eval conditions an empty context on this token and asks the tokenizer alone for it.
-            prefix = model.config.bos_token_id
-            if prefix is None:
-                raise UnsupportedError("accuracy.tasks: neither the tokenizer nor config.json has a BOS or EOS token")
-        with _quiet():
-            # A copy of the tokenizer: lm-eval adds a padding token where there is none.
-            super().__init__(
-                pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size,
-                softmax_dtype=torch.float32, prefix_token_id=prefix,
-            )  # fmt: skip
-        self.progress, self.title = Progress.silent(), ""
-        self.requests = self.truncated = 0
-
-    @contextlib.contextmanager
-    def _counted(self, count: int) -> Iterator[None]:
-        """Progress over `count` requests: lm-eval tells its cache hook of every request that is answered."""
-        with self.progress.task(f"lm-eval {self.title}", count) as task:
-            self.set_cache_hook(_ProgressHook(task))
-            yield
-        self.requests += count
-
-    def loglikelihood(self, requests, disable_tqdm: bool = False):
-        with self._counted(len(requests)):
-            return super().loglikelihood(requests, disable_tqdm=True)
-
-    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False):
-        with self._counted(len(requests)):
-            return super().loglikelihood_rolling(requests, disable_tqdm=True)
-
-    def generate_until(self, requests, disable_tqdm: bool = False):
-        with self._counted(len(requests)):
-            return super().generate_until(requests, disable_tqdm=True)
-
-    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs=None):
-        limit = self.max_length + 1
-        self.truncated += sum(len(context) + len(continuation) > limit for _, context, continuation in requests)
-        return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
-
-    def _model_call(self, inps, attn_mask=None, labels=None):
-        with torch.no_grad():
-            return self.model(inps, use_cache=False).logits
-
-
-class _ProgressHook:
-    """Stands where lm-eval's request cache would be; it keeps nothing."""
-
-    def __init__(self, task) -> None:
-        self._task = task
-
-    def add_partial(self, attr, request, response) -> None:
-        self._task.advance()
 
 
 def evaluate_task(
@@ -113,8 +46,9 @@ def evaluate_task(
 
     limit: the first so many items, of each subtask for a group. num_fewshot: None takes the task's own number.
     Result: metric, value, stderr (the primary metric) and all of `metrics`; version, num_fewshot, items, requests,
-    truncated_requests, prompts_sha256 (every request's context and continuation, in order), origin and data_sha256;
-    for a group the `subtasks`. Items: subtask -> document id -> {"prompts": hash of its requests, metric: value}.
+    truncated_requests, tokens_computed, tokens_unshared, gpu_seconds (see HarnessModel), prompts_sha256 (every
+    request's context and continuation, in order), origin and data_sha256; for a group the `subtasks`.
+    Items: subtask -> document id -> {"answer": what the model chose, metric: value}.
     Raises MissingDataError when the data cannot be had, UnsupportedError for a name that is a tag, for few-shot
     examples that could only come from the evaluated items, and ValueError when the model's log-likelihoods have NaN.
     """
@@ -125,7 +59,7 @@ def evaluate_task(
             f"{source.name}: accuracy.num_fewshot={num_fewshot} needs examples from another split, which data.root "
             "does not have; use accuracy.num_fewshot=0 or leave data.root out"
         )
-    with _quiet():
+    with quiet():
         loaded = _load(source)
     for task in loaded["tasks"].values():
         # As lm-eval's command does: a task that fixes zero-shot in its definition keeps it.
@@ -134,9 +68,8 @@ def evaluate_task(
         elif task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-    lm.progress, lm.title = progress or Progress.silent(), source.name
-    lm.requests = lm.truncated = 0
-    with _quiet():
+    lm.start(source.name, progress or Progress.silent())
+    with quiet(), _compiled_once():
         output = evaluate(lm, loaded, limit=limit, bootstrap_iters=BOOTSTRAP_ITERATIONS, log_samples=True)
     samples = output["samples"]
     _check_finite(source.name, samples)
@@ -152,7 +85,11 @@ def evaluate_task(
         "limit": limit,
         "requests": lm.requests,
         "truncated_requests": lm.truncated,
+        "tokens_computed": lm.tokens_computed,
+        "tokens_unshared": lm.tokens_unshared,
+        "gpu_seconds": lm.gpu_seconds,
         "batch_size": lm.batch_size,
+        "batch_tokens": lm.batch_tokens,
         "prompts_sha256": _prompts_sha256(samples),
         "origin": source.origin,
         "data_sha256": source.data_sha256,
@@ -164,7 +101,7 @@ def evaluate_task(
             task: {**_summary(output["results"][task]), "items": output["n-samples"][task]["effective"]}
             for task in loaded["tasks"]
         }
-    return result, {task: _items(samples[task]) for task in loaded["tasks"]}
+    return result, {name: _items(task, samples[name]) for name, task in loaded["tasks"].items()}
 
 
 def _load(source: TaskSource) -> dict:
@@ -248,14 +185,29 @@ def _sha256(content) -> str:
     return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
 
 
-def _items(samples: list[dict]) -> dict[str, dict]:
+def _items(task: Task, samples: list[dict]) -> dict[str, dict]:
     items: dict[str, dict] = {}
     for sample in samples:
-        item = items.setdefault(str(sample["doc_id"]), {"prompts": _sha256(sample["arguments"])[:16]})
+        item = items.setdefault(str(sample["doc_id"]), {"answer": _answer(task, sample)})
         for metric in sample["metrics"]:
             label = metric if sample["filter"] == "none" else f"{metric},{sample['filter']}"
             item[label] = _plain(sample[metric])
     return items
+
+
+def _answer(task: Task, sample: dict) -> int | str:
+    """What the model chose: of a choice, its index by the metric that stands for the task; of one continuation, 1 when
+    it is the most likely one; of generated text, its hash; of anything else, the empty string."""
+    responses = sample["filtered_resps"]
+    if task.OUTPUT_TYPE == "multiple_choice":
+        choices = task.doc_to_choice(sample["doc"])
+        values = np.array([value for value, _ in responses[: len(choices)]])
+        if "acc_norm" in sample["metrics"]:
+            values = values / np.array([float(len(choice)) for choice in choices])
+        return int(np.argmax(values))
+    if task.OUTPUT_TYPE == "loglikelihood":
+        return int(responses[0][1])
+    return _sha256(responses)[:8] if task.OUTPUT_TYPE == "generate_until" else ""
 
 
 def _plain(value):
@@ -268,21 +220,14 @@ def _plain(value):
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No line for every truncated request (they are counted), and no pool of processes for the bootstrap: forking
-    a process that holds a model on a GPU is asking for trouble."""
-    logger, before = logging.getLogger("lm_eval"), os.environ.get("DISABLE_MULTIPROC")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    os.environ["DISABLE_MULTIPROC"] = "1"
+def _compiled_once() -> Iterator[None]:
+    """Keep lm-eval's prompt templates compiled: it compiles one anew for every prompt, minutes for MMLU's."""
+    environment = lm_eval.utils.env
+    environment.from_string = functools.lru_cache(maxsize=1024)(environment.from_string)
     try:
         yield
     finally:
-        logger.setLevel(level)
-        if before is None:
-            del os.environ["DISABLE_MULTIPROC"]
-        else:
-            os.environ["DISABLE_MULTIPROC"] = before
+        del environment.from_string
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,7 +2,7 @@
 
 In the cell's directory:
     tasks/<task>.json             the result with the identity of what was measured; taken again when both agree
-    tasks/<task>.items.json.gz    per-item results, for paired comparisons between methods
+    tasks/<task>.items.json.gz    per-item results in columns, for paired comparisons between methods
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def evaluate_tasks(
     Raises MissingDataError or UnsupportedError at the end, naming the tasks that could not be evaluated; the others
     have been.
     """
-    from odyssey.accuracy.harness import HarnessModel, evaluate_task
+    from odyssey.accuracy.adapter import HarnessModel
+    from odyssey.accuracy.harness import evaluate_task
 
     lm: HarnessModel | None = None
     failures: list[OdysseyError] = []
@@ -56,7 +57,7 @@ def evaluate_tasks(
             if found is not None:
                 results[name] = {**found, "resumed": True}
                 continue
-            lm = lm or HarnessModel(model, tokenizer, group.batch_size)
+            lm = lm or HarnessModel(model, tokenizer, group.batch_size, group.batch_tokens)
             result, items = evaluate_task(
                 lm, source, num_fewshot=group.num_fewshot, limit=group.limit, progress=progress
             )
@@ -84,6 +85,7 @@ def _task_identity(source: TaskSource, group: AccuracyConfig) -> dict:
         "limit": group.limit,
         "num_fewshot": group.num_fewshot,
         "batch_size": group.batch_size,
+        "batch_tokens": group.batch_tokens,
         "lm_eval": importlib.metadata.version("lm_eval"),
     }
 
@@ -102,8 +104,9 @@ def _saved(directory: Path, name: str, key: dict) -> dict | None:
 
 def _save(directory: Path, name: str, key: dict, result: dict, items: dict) -> dict:
     """Write items, then the result that names them; returns the result with both."""
-    content = {"task": name, "prompts_sha256": result["prompts_sha256"], "items": items}
-    packed = gzip.compress(json.dumps(content).encode(), mtime=0)
+    columns = {task: _columns(found) for task, found in items.items()}
+    content = {"task": name, "prompts_sha256": result["prompts_sha256"], "items": columns}
+    packed = gzip.compress(json.dumps(content, separators=(",", ":")).encode(), mtime=0)
     items_file = f"{FOLDER}/{name}.items.json.gz"
     result = {**result, "items_file": items_file, "items_sha256": hashlib.sha256(packed).hexdigest()}
     (directory / FOLDER).mkdir(parents=True, exist_ok=True)
@@ -121,8 +124,19 @@ def _write(path: Path, content: bytes) -> None:
     partial.rename(path)
 
 
+def _columns(items: dict[str, dict]) -> dict[str, list]:
+    """{"doc": ids, key: values} of per-item results, whole numbers without their ".0"."""
+    keys = list(dict.fromkeys(key for item in items.values() for key in item))
+    columns = {key: [_short(item.get(key)) for item in items.values()] for key in keys}
+    return {"doc": list(items), **columns}
+
+
+def _short(value):
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def read_items(directory: Path, result: dict) -> dict[str, dict]:
-    """Per-item results of a task: subtask -> document id -> {"prompts": hash, metric: value}.
+    """Per-item results of a task: subtask -> document id -> {"answer": what was chosen, metric: value}.
 
     directory: the cell's; result: the record's entry of the task. Raises MissingDataError when the file is gone or is
     not the one that the record names.
@@ -134,4 +148,9 @@ def read_items(directory: Path, result: dict) -> dict[str, dict]:
         raise MissingDataError(f"{path}: per-item results are gone; run the cell again with force=true") from error
     if hashlib.sha256(packed).hexdigest() != result["items_sha256"]:
         raise MissingDataError(f"{path}: not the per-item results of its record; run the cell again with force=true")
-    return json.loads(gzip.decompress(packed))["items"]
+    items = {}
+    for task, columns in json.loads(gzip.decompress(packed))["items"].items():
+        keys = [key for key in columns if key != "doc"]
+        values = zip(*(columns[key] for key in keys), strict=True)
+        items[task] = {doc: dict(zip(keys, row, strict=True)) for doc, row in zip(columns["doc"], values, strict=True)}
+    return items

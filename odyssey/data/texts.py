@@ -11,7 +11,7 @@ import gzip
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from odyssey.errors import MissingDataError
@@ -41,7 +41,8 @@ def text_sha256(text: str) -> str:
 def load_corpus(dataset: str, split: str, *, path: str | None = None, root: str | None = None) -> Corpus:
     """The corpus `dataset` ("wikitext2", "c4", "embedded", "file"), split "train" or "test".
 
-    path: the file to read when dataset is "file" (plain text, or JSON lines with a "text" field).
+    path: the file to read when dataset is "file" (plain text, or JSON lines with a "text" field), or for "c4" a shard
+    in place of the one under `root`.
     Raises MissingDataError with what to do when it is neither local nor reachable.
     """
     if dataset == "file":
@@ -54,7 +55,7 @@ def load_corpus(dataset: str, split: str, *, path: str | None = None, root: str 
     if dataset == "wikitext2":
         return _wikitext2(split, root)
     if dataset == "c4":
-        return _c4(split, root)
+        return _c4(split, root) if path is None else replace(_from_file(path), name="c4")
     raise ValueError(f"unknown dataset {dataset!r}; known: {', '.join(DATASETS)}")
 
 
