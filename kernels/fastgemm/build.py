@@ -92,7 +92,7 @@ def native_architectures() -> tuple[str, ...]:
 def sources(architectures: Sequence[str]) -> list[Path]:
     """The .cu files of a library for these architectures."""
     hopper = "sm_90a" in architectures
-    folders = ["sm80", "ablation", "elementwise", "sm90" if hopper else "sm90_absent"]
+    folders = ["common", "sm80", "ablation", "elementwise", "attention", "sm90" if hopper else "sm90_absent"]
     files = [SOURCE_DIR / "api.cu"]
     for folder in folders:
         files += sorted((SOURCE_DIR / folder).glob("*.cu"))

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+UNIT = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 2**-24}
+
 
 @dataclass
 class Problem:
@@ -76,3 +78,10 @@ def attend(p, softmax_scale=None, window=None):
         weights = ((keys @ q[row, :, :, None])[..., 0] * scale).softmax(dim=-1)
         out.append((weights[:, None] @ values).flatten())
     return torch.stack(out)
+
+
+def assert_rounded(got, exact, dtype, slack=0.0):
+    """`got` is the value nearest to `exact` in its dtype, up to `slack` of the row's size and fp32 arithmetic."""
+    error = (got.double() - exact).abs()
+    allowed = UNIT[dtype] * 1.01 * exact.abs() + (slack + 2**-20) * exact.abs().amax(dim=-1, keepdim=True)
+    assert (error <= allowed).all(), float((error - allowed).max())

@@ -3,21 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from fastgemm_attention_cases import attend, problem, rotary_table, rotate, split_heads
+from fastgemm_attention_cases import UNIT, assert_rounded, attend, problem, rotary_table, rotate, split_heads
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastgemm
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
-UNIT = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 2**-24}
 HEADS = [(4, 4, 64), (8, 2, 128), (8, 1, 32), (3, 3, 6)]
-
-
-def assert_rounded(got, exact, dtype, slack=0.0):
-    """`got` is the value nearest to `exact` in its dtype, up to `slack` of the row's size and fp32 arithmetic."""
-    error = (got.double() - exact).abs()
-    allowed = UNIT[dtype] * 1.01 * exact.abs() + (slack + 2**-20) * exact.abs().amax(dim=-1, keepdim=True)
-    assert (error <= allowed).all(), float((error - allowed).max())
 
 
 @pytest.mark.parametrize("with_residual", [False, True])

@@ -122,6 +122,33 @@ def test_silu_mul_quant_follows_the_unfused_sequence(dtype, k):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", LENGTHS)
+def test_silu_mul_with_and_without_quantization_and_for_few_and_many_rows(dtype, k):
+    gate_up = torch.cat([rows(40, k, torch.float32), rows(40, k, torch.float32, seed=1).flip(0)], 1).to(dtype)
+    y = fastgemm.silu_mul(gate_up)
+    q, scale = fastgemm.quantize_per_token(y)
+    # Few rows are shared by the blocks of a cluster each; nothing depends on the order of a maximum.
+    for m in (1, 5, 32, 40):
+        assert torch.equal(fastgemm.silu_mul(gate_up[:m]), y[:m])
+        got_q, got_scale = fastgemm.silu_mul_quant(gate_up[:m])
+        assert torch.equal(got_q, q[:m])
+        assert torch.equal(got_scale, scale[:m])
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", LENGTHS)
+def test_rms_norm_with_and_without_quantization(dtype, k, with_residual):
+    x, residual = rows(6, k, dtype), rows(6, k, dtype, seed=1) if with_residual else None
+    weight = torch.randn(k, device="cuda").to(dtype)
+    y, h = fastgemm.rms_norm(x, weight, 1e-5, residual)
+    q, scale, expected_h = fastgemm.rms_norm_quant(x, weight, 1e-5, residual)
+    assert torch.equal(h, expected_h)
+    for got, want in zip(fastgemm.quantize_per_token(y), (q, scale), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_many_rows_misaligned_views_and_no_rows(dtype):
     x = rows(3000, 72, dtype)
     view = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(3000, 72)

@@ -1,6 +1,5 @@
 // C entry points of the GEMMs: argument checks and the choice of the architecture path.
-#include <atomic>
-
+#include "common/device.h"
 #include "common/gemm_args.h"
 #include "fastgemm.h"
 
@@ -9,31 +8,10 @@ namespace {
 constexpr int64_t kMaxTokens = 65536;
 // |x * 16 w| <= 128 * 128, so an int32 accumulator is exact for K < 2^31 / 2^14 = 131072.
 constexpr int64_t kMaxReduction = 131040;
-constexpr int kMaxDevices = 64;
-
-// Compute capability of the current device as 10 * major + minor; negative: -cudaError_t.
-int device_arch() {
-  static std::atomic<int> cache[kMaxDevices];
-  int device = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status != cudaSuccess) return -static_cast<int>(status);
-  const bool cached = device < kMaxDevices;
-  if (cached) {
-    const int known = cache[device].load(std::memory_order_relaxed);
-    if (known != 0) return known;
-  }
-  int major = 0, minor = 0;
-  status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  if (status != cudaSuccess) return -static_cast<int>(status);
-  const int arch = 10 * major + minor;
-  if (cached) cache[device].store(arch, std::memory_order_relaxed);
-  return arch;
-}
 
 // Resolves arch (0, 80 or 90, without flags) to the path to run: 80 or 90; otherwise an error code is stored and 0 returned.
 int choose_path(int arch, int* error) {
-  const int device = device_arch();
+  const int device = fg::device_arch();
   if (device < 0) {
     *error = FG_ERROR_CUDA - device;
     return 0;
@@ -115,7 +93,8 @@ const char* fg_error_string(int code) {
     case FG_OK: return "success";
     case FG_ERROR_NULL_POINTER: return "a required pointer is NULL";
     case FG_ERROR_SIZE:
-      return "sizes out of range: M must be 0..65536, N a multiple of 16, K a multiple of 32 and at most 131040";
+      return "sizes out of range (products: M 0..65536, N a multiple of 16, K a multiple of 32 and at most 131040; "
+             "attention: head_dim 64 or 128, num_heads a multiple of kv_heads)";
     case FG_ERROR_DTYPE: return "unknown data type code";
     case FG_ERROR_ALIGNMENT: return "a pointer is not aligned (tensors 16 bytes, scales 4 bytes)";
     case FG_ERROR_ARCH: return "the requested kernel path is not available on this device";

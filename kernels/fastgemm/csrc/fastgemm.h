@@ -24,8 +24,10 @@ enum { FG_F16 = 0, FG_BF16 = 1, FG_I32 = 2, FG_F32 = 3 };
 
 enum { FG_W4A8 = 0, FG_W8A8 = 1 };
 
-// May be added to `arch` of a GEMM call: the kernel that precedes the call in the stream does not write w, so the loads
-// of w may begin before it has finished.  Only loads of w are affected; everything else waits for the preceding kernel.
+// May be added to `arch` of a GEMM call: no kernel of the stream that may still be running writes w, so the loads of w
+// may begin before the preceding kernel has finished.  That one may itself have been launched ahead of its predecessor
+// (every kernel here may), so "w was written two calls ago" is not enough; weights that never change are.
+// Only loads of w are affected; everything else waits for the preceding kernel.
 enum { FG_WEIGHTS_READY = 0x100 };
 
 enum {
@@ -69,6 +71,37 @@ FG_API int fg_rms_norm_quant(const void* x, const void* residual_or_null, const 
 // (q, scale) = per-token quantization of silu(gate) * up, gate_up[M, 2*I] with the gate half first.
 FG_API int fg_silu_mul_quant(const void* gate_up, int in_dtype, int8_t* q, float* scale, int64_t m, int64_t i,
                              void* stream);
+
+// y = RMSNorm of x (+ residual) as in fg_rms_norm_quant, in the dtype of x and not quantized.
+FG_API int fg_rms_norm(const void* x, const void* residual_or_null, const void* weight, float eps, int dtype,
+                       void* residual_out_or_null, void* y, int64_t m, int64_t k, void* stream);
+
+// y[M, I] = silu(gate) * up as in fg_silu_mul_quant, not quantized.
+FG_API int fg_silu_mul(const void* gate_up, int dtype, void* y, int64_t m, int64_t i, void* stream);
+
+// Rotary embedding of the queries and keys of `tokens` tokens; keys and values go into the caches at sequence rows[t],
+// position positions[t].  FG_F16 or FG_BF16, head_dim 64 or 128.
+//   qkv:     [tokens, (num_heads + 2 * kv_heads) * head_dim], queries, keys, values
+//   cos_sin: [at least max_len, head_dim], cos of the head_dim / 2 angles, then sin
+//   caches:  [batch, kv_heads, max_len, head_dim];  q: [tokens, num_heads, head_dim]
+// A token outside the caches is not stored, and its queries become NaN.
+FG_API int fg_rope_append(const void* qkv, const float* cos_sin, const int32_t* positions, const int32_t* rows,
+                          void* k_cache, void* v_cache, void* q, int dtype, int64_t tokens, int64_t num_heads,
+                          int64_t kv_heads, int64_t head_dim, int64_t max_len, int64_t batch, void* stream);
+
+// One decoded token of each sequence: rotary embedding, append at position lengths[b], attention to the positions
+// 0..lengths[b], or to the last `window` of them (0: all).  The arrays are as in fg_rope_append with tokens = batch.
+//   out:    [batch, num_heads * head_dim] in dtype; with scale [batch], int8 and per-token quantized
+//   splits: blocks that share the positions of a head, up to 64 (0: chosen from the sizes)
+// A length outside 0..max_len - 1 stores nothing and makes the token's output NaN (its scale, if quantized).
+FG_API int fg_decode_attention(const void* qkv, const float* cos_sin, const int32_t* lengths, void* k_cache,
+                               void* v_cache, float softmax_scale, int dtype, void* out, float* scale_or_null,
+                               int64_t batch, int64_t num_heads, int64_t kv_heads, int64_t head_dim, int64_t max_len,
+                               int64_t window, int splits, void* workspace, int64_t workspace_bytes, void* stream);
+
+// Bytes of workspace fg_decode_attention needs; its contents need no initialisation.
+FG_API int64_t fg_decode_attention_workspace_bytes(int64_t batch, int64_t num_heads, int64_t kv_heads, int64_t head_dim,
+                                                   int64_t max_len, int64_t window, int splits);
 
 FG_API const char* fg_error_string(int code);
 

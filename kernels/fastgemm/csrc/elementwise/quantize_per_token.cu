@@ -8,6 +8,8 @@ namespace {
 template <typename T, int V, int kKept>
 __global__ void __launch_bounds__(max_threads(kKept), min_blocks<T>(kKept))
     quantize_per_token(const T* x, int8_t* q, float* scale, int64_t k) {
+  grid_launch_dependents();
+  grid_dependency_wait();
   const int64_t row = blockIdx.x;
   const T* x_row = x + row * k;
   quantize_row<T, V, kKept>([&](int, int index) { return load<T, V>(x_row, index); },
@@ -29,7 +31,6 @@ extern "C" int fg_quantize_per_token(const void* x, int in_dtype, int8_t* q, flo
     using I = decltype(instance);
     using T = typename I::T;
     return launch_rows(quantize_per_token<T, I::V, I::kKept>, m, instance.threads, instance.shared_bytes, stream,
-                       static_cast<const T*>(x), q,
-                       scale, k);
+                       static_cast<const T*>(x), q, scale, k);
   });
 }

@@ -1,4 +1,5 @@
-// One thread block handles one row of activations, which is read from global memory once.  Between the reductions over
+// One thread block, or with few rows a cluster of them (sm_90), handles one row of activations, which is read from
+// global memory once.  Between the reductions over
 // the row each thread keeps its share of it, as 16-byte vectors: rows of up to 16 KB in registers (kKept vectors a
 // thread), rows of up to 64 KB in shared memory (kKept = kInShared), because so many registers would leave room for
 // one or two blocks a multiprocessor only.  Longer rows, and rows whose length is no multiple of a vector, are read
@@ -12,6 +13,8 @@
 
 #include <type_traits>
 
+#include "../common/dependency.cuh"
+#include "../common/launch.h"
 #include "../fastgemm.h"
 
 namespace fg {
@@ -91,6 +94,22 @@ __device__ __forceinline__ uint32_t block_max(uint32_t value, uint32_t* scratch)
   return __reduce_max_sync(0xffffffffu, threadIdx.x % 32 < warps ? scratch[threadIdx.x % 32] : 0u);
 }
 
+// Blocks of a cluster along x that share a row.
+constexpr int kClusterBlocks = 8;
+
+// The largest of the blocks' values; the blocks must have called cluster_arrive_relaxed() before: a block that has not
+// started has no shared memory to write to.
+__device__ __forceinline__ uint32_t cluster_max(uint32_t value) {
+  __shared__ uint32_t peers[kClusterBlocks];
+  cluster_wait();
+  if (threadIdx.x < gridDim.x) store_remote(&peers[blockIdx.x], threadIdx.x, value);
+  cluster_arrive();
+  cluster_wait();
+  value = 0;
+  for (unsigned i = 0; i < gridDim.x; ++i) value = max(value, peers[i]);
+  return value;
+}
+
 // The magnitude's bits order like the magnitudes themselves, with Inf above every number and NaN above Inf.
 __device__ __forceinline__ uint32_t magnitude_bits(float x) { return __float_as_uint(x) & 0x7fffffffu; }
 
@@ -155,8 +174,9 @@ __device__ __forceinline__ void for_batches(int vectors, Fetch fetch, Finish fin
 
 // Quantizes the row whose vectors are finish(fetch(j, index)): index is the vector's place in the row, j the number of
 // the thread's kept vector (a compile-time constant after unrolling).  With kReread both are called again for each of
-// the two steps.
-template <typename T, int V, int kKept, typename Fetch, typename Finish>
+// the two steps.  With kCluster the row is shared by the blocks of a cluster, the grid's x dimension, and each is given
+// its own vectors of it.
+template <typename T, int V, int kKept, bool kCluster = false, typename Fetch, typename Finish>
 __device__ __forceinline__ void quantize_row(Fetch fetch, Finish finish, int vectors, int8_t* q_row,
                                              float* scale_out) {
   __shared__ uint32_t scratch[kMaxWarps];
@@ -172,10 +192,12 @@ __device__ __forceinline__ void quantize_row(Fetch fetch, Finish finish, int vec
         if constexpr (kKept > 0) kept[j] = y;
         if constexpr (kKept == kInShared) store<T, V>(row, index, y);
       });
-  const float absmax = __uint_as_float(block_max(magnitude, scratch));
+  magnitude = block_max(magnitude, scratch);
+  if constexpr (kCluster) magnitude = cluster_max(magnitude);
+  const float absmax = __uint_as_float(magnitude);
   const float scale = absmax == 0.0f ? 1.0f : __fdiv_rn(absmax, 127.0f);
   const float reciprocal = __frcp_rn(scale);
-  if (threadIdx.x == 0) *scale_out = scale;
+  if (threadIdx.x == 0 && (!kCluster || blockIdx.x == 0)) *scale_out = scale;
   if constexpr (kKept > 0) {
 #pragma unroll
     for (int j = 0; j < kKept; ++j) {
@@ -189,6 +211,18 @@ __device__ __forceinline__ void quantize_row(Fetch fetch, Finish finish, int vec
       else
         store_quantized<T, V>(q_row, index, finish(fetch(0, index)), scale, reciprocal);
     }
+  }
+}
+
+// Writes the row whose vectors are finish(fetch(j, index)): quantized with its scale, or (Out = T) as it is.
+template <typename T, int V, int kKept, typename Out, typename Fetch, typename Finish>
+__device__ __forceinline__ void write_row(Fetch fetch, Finish finish, int vectors, Out* row, float* scale_out) {
+  if constexpr (std::is_same<Out, int8_t>::value) {
+    quantize_row<T, V, kKept>(fetch, finish, vectors, row, scale_out);
+  } else {
+    for_batches<kKept>(
+        vectors, [&](int j, int index) { return fetch(j, index); },
+        [&](int, int index, const auto& raw) { store<T, V>(row, index, finish(raw)); });
   }
 }
 
@@ -231,14 +265,9 @@ int dispatch(int dtype, int64_t m, int64_t k, Launch launch) {
 template <typename... Parameters, typename... Arguments>
 int launch_rows(void (*kernel)(Parameters...), int64_t rows, int threads, int64_t shared_bytes, void* stream,
                 Arguments... arguments) {
-  cudaError_t status = cudaSuccess;
-  if (shared_bytes > 48 * 1024)
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-  if (status == cudaSuccess) {
-    kernel<<<static_cast<unsigned>(rows), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
-    status = cudaGetLastError();
-  }
-  return status == cudaSuccess ? FG_OK : FG_ERROR_CUDA + static_cast<int>(status);
+  const LaunchShape shape{dim3(static_cast<unsigned>(rows)), static_cast<unsigned>(threads),
+                          static_cast<size_t>(shared_bytes)};
+  return launch_kernel(kernel, shape, stream, arguments...);
 }
 
 inline bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }

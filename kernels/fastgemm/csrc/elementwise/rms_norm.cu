@@ -1,4 +1,5 @@
-// RMSNorm of x or x + residual, rounded where Transformers' LlamaRMSNorm rounds, then per-token int8 quantization.
+// RMSNorm of x or x + residual, rounded where Transformers' LlamaRMSNorm rounds, alone or followed by per-token int8
+// quantization.
 #include "row.cuh"
 
 namespace fg {
@@ -25,11 +26,22 @@ __device__ __forceinline__ Vec<T, V> normalize(const Vec<T, V>& h, const Vec<T, 
 }
 
 // residual_out may be the same memory as residual: every element is read and written by one thread.
-template <typename T, int V, int kKept>
-__global__ void __launch_bounds__(max_threads(kKept), min_blocks<T>(kKept))
-    rms_norm_quant(const T* x, const T* residual, const T* weight, float eps, T* residual_out, int8_t* q, float* scale,
-                   int64_t k) {
+// Out: int8_t (quantized, with scale) or T.
+template <typename T, int V, int kKept, typename Out>
+__global__ void __launch_bounds__(max_threads(kKept), kKept == 2 ? 2 : min_blocks<T>(kKept))
+    rms_norm(const T* x, const T* residual, const T* weight, float eps, T* residual_out, Out* y, float* scale,
+             int64_t k) {
   __shared__ float scratch[kMaxWarps];
+  grid_launch_dependents();
+  if constexpr (kKept > 0) {
+    // The activations are fresh in L2; the weight comes from device memory while the preceding kernel finishes.
+#pragma unroll
+    for (int j = 0; j < kKept; ++j) {
+      const int index = threadIdx.x + j * blockDim.x;
+      if (index < k / V) prefetch_l2(weight + index * V);
+    }
+  }
+  grid_dependency_wait();
   const int64_t offset = static_cast<int64_t>(blockIdx.x) * k;
   const int vectors = static_cast<int>(k / V);
   T* const row = reinterpret_cast<T*>(shared_row);
@@ -51,18 +63,26 @@ __global__ void __launch_bounds__(max_threads(kKept), min_blocks<T>(kKept))
     return raw.h;
   };
 
-  // Rows in registers fetch the weight before the reduction, whose latency then hides behind it.
+  // Rows in registers fetch everything, the weight too, before the first use.
   constexpr bool kEarlyWeight = kKept > 0;
   Vec<T, V> kept[kKept > 0 ? kKept : 1];
   Vec<T, V> kept_weight[kEarlyWeight ? kKept : 1];
   float sum = 0.0f;
   if constexpr (kKept > 0) {
+    Raw raw[kKept];
 #pragma unroll
     for (int j = 0; j < kKept; ++j) {
       const int index = threadIdx.x + j * blockDim.x;
       if (index < vectors) {
-        kept[j] = finish_sum(fetch_sum(index), index);
-        if constexpr (kEarlyWeight) kept_weight[j] = load<T, V>(weight, index);
+        raw[j] = fetch_sum(index);
+        kept_weight[j] = load<T, V>(weight, index);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kKept; ++j) {
+      const int index = threadIdx.x + j * blockDim.x;
+      if (index < vectors) {
+        kept[j] = finish_sum(raw[j], index);
         sum += sum_of_squares<T, V>(kept[j]);
       }
     }
@@ -94,8 +114,28 @@ __global__ void __launch_bounds__(max_threads(kKept), min_blocks<T>(kKept))
       raw.other = load<T, V>(weight, index);
     return raw;
   };
-  quantize_row<T, V, kKept>(fetch, [&](const Raw& raw) { return normalize<T, V>(raw.h, raw.other, rsqrt_mean); },
-                            vectors, q + offset, scale + blockIdx.x);
+  write_row<T, V, kKept>(fetch, [&](const Raw& raw) { return normalize<T, V>(raw.h, raw.other, rsqrt_mean); }, vectors,
+                         y + offset, scale ? scale + blockIdx.x : nullptr);
+}
+
+// Out: int8_t, or void for the dtype of x.
+template <typename Out>
+int run(const void* x, const void* residual, const void* weight, float eps, int dtype, void* residual_out, Out* y,
+        float* scale, int64_t m, int64_t k, void* stream) {
+  constexpr bool kQuantize = std::is_same<Out, int8_t>::value;
+  if (m < 0 || m > kMaxRows || k <= 0 || k > kMaxColumns) return FG_ERROR_SIZE;
+  if (m == 0) return FG_OK;
+  if (!x || !weight || !y || (kQuantize && !scale)) return FG_ERROR_NULL_POINTER;
+  if (!aligned16(x) || !aligned16(residual) || !aligned16(weight) || !aligned16(residual_out) || !aligned16(y))
+    return FG_ERROR_ALIGNMENT;
+  return dispatch(dtype, m, k, [&](auto instance) {
+    using I = decltype(instance);
+    using T = typename I::T;
+    using Element = typename std::conditional<kQuantize, int8_t, T>::type;
+    return launch_rows(rms_norm<T, I::V, I::kKept, Element>, m, instance.threads, instance.shared_bytes, stream,
+                       static_cast<const T*>(x), static_cast<const T*>(residual), static_cast<const T*>(weight), eps,
+                       static_cast<T*>(residual_out), static_cast<Element*>(y), scale, k);
+  });
 }
 
 }  // namespace
@@ -105,19 +145,10 @@ __global__ void __launch_bounds__(max_threads(kKept), min_blocks<T>(kKept))
 extern "C" int fg_rms_norm_quant(const void* x, const void* residual_or_null, const void* weight, float eps,
                                  int in_dtype, void* residual_out_or_null, int8_t* q, float* scale, int64_t m,
                                  int64_t k, void* stream) {
-  using namespace fg::elementwise;
-  if (m < 0 || m > kMaxRows || k <= 0 || k > kMaxColumns) return FG_ERROR_SIZE;
-  if (m == 0) return FG_OK;
-  if (!x || !weight || !q || !scale) return FG_ERROR_NULL_POINTER;
-  if (!aligned16(x) || !aligned16(residual_or_null) || !aligned16(weight) || !aligned16(residual_out_or_null) ||
-      !aligned16(q))
-    return FG_ERROR_ALIGNMENT;
-  return dispatch(in_dtype, m, k, [&](auto instance) {
-    using I = decltype(instance);
-    using T = typename I::T;
-    return launch_rows(rms_norm_quant<T, I::V, I::kKept>, m, instance.threads, instance.shared_bytes, stream,
-                       static_cast<const T*>(x),
-                       static_cast<const T*>(residual_or_null), static_cast<const T*>(weight), eps,
-                       static_cast<T*>(residual_out_or_null), q, scale, k);
-  });
+  return fg::elementwise::run(x, residual_or_null, weight, eps, in_dtype, residual_out_or_null, q, scale, m, k, stream);
+}
+
+extern "C" int fg_rms_norm(const void* x, const void* residual_or_null, const void* weight, float eps, int dtype,
+                           void* residual_out_or_null, void* y, int64_t m, int64_t k, void* stream) {
+  return fg::elementwise::run(x, residual_or_null, weight, eps, dtype, residual_out_or_null, y, nullptr, m, k, stream);
 }
