@@ -77,6 +77,9 @@ class Cell:
             self.record["model"] = {"name": name}
             self._timed("gemm_s", self._gemm)
             return
+        if config.latency.dummy_weights:
+            self._timed("latency_s", self._dummy_latency)
+            return
         self.existing = existing_checkpoint(config.method)
         if self.existing is not None:
             from baselines.checkpoint_import import checkpoint_source
@@ -100,19 +103,26 @@ class Cell:
         measurements = {
             "perplexity_s": self._perplexity if config.accuracy.perplexity is not None else None,
             "tasks_s": self._tasks if config.accuracy.tasks else None,
-            "latency_s": self._latency if config.latency.engine != "none" else None,
+            "latency_s": self._latency if config.latency.engine == "transformers" else None,
         }
         wanted = {key: measure for key, measure in measurements.items() if measure is not None}
-        if not wanted:
-            return
-        model = self._timed("load_s", lambda: self._load(checkpoint))
         failures: list[OdysseyError] = []
-        for key, measure in wanted.items():
+
+        def attempt(key: str, measure) -> None:
             try:
-                self._timed(key, lambda measure=measure: measure(model))
+                self._timed(key, measure)
             except OdysseyError as error:
                 # One data set that is not there costs no other measurement.
                 failures.append(error)
+
+        if wanted:
+            model = self._timed("load_s", lambda: self._load(checkpoint))
+            for key, measure in wanted.items():
+                attempt(key, lambda measure=measure: measure(model))
+            del model
+        if config.latency.engine in ("odyssey", "vllm"):
+            # These engines load the checkpoint themselves, when its memory is free again.
+            attempt("latency_s", lambda: self._engine_latency(checkpoint))
         if failures:
             raise type(failures[0])("; ".join(map(str, failures)))
 
@@ -258,16 +268,79 @@ class Cell:
             identity=identity, progress=self.progress,
         )  # fmt: skip
 
+    def _dummy_latency(self) -> None:
+        """Times random weights: no checkpoint is read, none is written."""
+        from odyssey.engine import DecoderShapes, format_of
+        from odyssey.latency.cells import dummy_config, measure_cell
+        from odyssey.methods import build_method
+
+        config = self.config
+        name = model_directory_name(config)
+        scheme = build_method(config.method.name, config.method).scheme
+        self.record["model"] = {"name": name, "origin": "random weights"}
+        self.record["method"] = {"name": config.method.name, "label": scheme.label, "scheme": scheme.to_dict()}
+        if config.latency.engine == "vllm":
+            self._vllm_latency(Path(config.model.path).expanduser() if config.model.path else None)
+            return
+        model_config = dummy_config(config.model.name, config.model.path)
+        self._check_length(DecoderShapes.from_config(model_config).max_positions, name)
+        self.record["latency"] = measure_cell(
+            config.latency, model=name, config=model_config, form=format_of(scheme), checkpoint=None, source=None,
+            device=self.device, seed=config.seed, progress=self.progress,
+        )  # fmt: skip
+
+    def _engine_latency(self, checkpoint: Path | None) -> None:
+        """Times the cell's checkpoint in the decode engine, or in vLLM."""
+        from odyssey.engine import format_of
+        from odyssey.latency.cells import measure_cell
+        from odyssey.models.architecture import LlamaFamily
+        from odyssey.quantization.scheme import QuantScheme
+
+        group = self.config.latency
+        self._check_length(self.max_positions, self.source.name)
+        if group.engine == "vllm":
+            if checkpoint is not None and self.existing is None:
+                raise UnsupportedError(
+                    "latency.engine=vllm: times what vLLM reads, which this project's checkpoints are not; "
+                    "use method=fp16, or method.checkpoint=DIR with a GPTQ or AWQ checkpoint"
+                )
+            self._vllm_latency(self.source.path)
+            return
+        directory = checkpoint or self.source.path
+        self.record["latency"] = measure_cell(
+            group, model=self.source.name, config=LlamaFamily.from_directory(directory).config,
+            form=format_of(QuantScheme(**self.record["method"]["scheme"])), checkpoint=directory,
+            source=self.source.path if self.existing is None else None, device=self.device, seed=self.config.seed,
+            progress=self.progress,
+        )  # fmt: skip
+
+    def _vllm_latency(self, directory: Path | None) -> None:
+        from odyssey.latency.vllm_engine import measure_vllm, require_vllm
+        from odyssey.models.architecture import LlamaFamily
+
+        require_vllm()
+        if directory is None:
+            raise UnsupportedError("latency.engine=vllm: needs model.path=DIR, a directory with at least config.json")
+        self.record["latency"] = measure_vllm(
+            self.config.latency, model=model_directory_name(self.config), directory=directory,
+            vocab_size=LlamaFamily.from_directory(directory, quantized=True).config.vocab_size, device=self.device,
+            seed=self.config.seed, progress=self.progress,
+        )  # fmt: skip
+
+    def _check_length(self, positions: int, name: str) -> None:
+        group = self.config.latency
+        if group.input_len + group.output_len > positions:
+            raise UnsupportedError(
+                f"latency.input_len={group.input_len} + latency.output_len={group.output_len} exceed the "
+                f"{positions} positions of {name}; lower them"
+            )
+
     def _latency(self, model) -> None:
         from odyssey.latency.transformers_engine import measure
         from odyssey.models.load import load_model
 
         group = self.config.latency
-        if group.input_len + group.output_len > self.max_positions:
-            raise UnsupportedError(
-                f"latency.input_len={group.input_len} + latency.output_len={group.output_len} exceed the "
-                f"{self.max_positions} positions of {self.source.name}; lower them"
-            )
+        self._check_length(self.max_positions, self.source.name)
         if self.existing is not None:
             raise UnsupportedError(
                 f"method.checkpoint={self.existing}: latency is measured beside the unquantized model, which is not "

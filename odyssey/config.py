@@ -11,10 +11,11 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from odyssey.data.task_names import close_task_names, is_known_task
 from odyssey.data.texts import DATASETS
 from odyssey.errors import ConfigError
+from odyssey.latency.names import ENGINES, PEERS
+from odyssey.latency.names import METHODS as FORMATS
 from odyssey.methods import METHODS, build_method, settings_class
 
 DEVICES = ("auto", "cpu", "cuda")
-ENGINES = ("none", "transformers")
 RETRIES = ("none", "failed")
 AUTO = "auto"
 
@@ -75,8 +76,11 @@ class AccuracyConfig:
 
 @dataclass
 class LatencyConfig:
-    """engine: none, or transformers (eager, dynamic KV cache). batch_size, input_len, output_len in tokens; warmup and
-    repeats are whole runs. The unquantized model is timed in the same process, interleaved, for the ratio."""
+    """engine: none; odyssey (the decode engine); transformers (eager, dynamic KV cache); vllm where it is installed.
+    batch_size, input_len, output_len in tokens; warmup and repeats are whole runs. dummy_weights: random integers of
+    the model's shapes in place of a checkpoint (odyssey and vllm). against: formats of the engine that take turns with
+    the method in the same process; peers: likewise, of other engines. With engine=transformers it is always the
+    unquantized model that takes turns."""
 
     engine: str = "none"
     batch_size: int = 1
@@ -84,6 +88,9 @@ class LatencyConfig:
     output_len: int = 128
     warmup: int = 1
     repeats: int = 5
+    dummy_weights: bool = False
+    against: list[str] = field(default_factory=list)
+    peers: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -214,6 +221,7 @@ def validate(config: DictConfig) -> RootConfig:
     ):
         _check_at_least(key, value, 1)
     _check_at_least("latency.warmup", root.latency.warmup, 0)
+    _check_latency(root)
     if root.accuracy.simulate and method_name == "fp16":
         raise ConfigError("accuracy.simulate=true: method=fp16 has nothing to simulate; choose another method")
     return root
@@ -235,6 +243,20 @@ def _check_dataset(key: str, group: CalibrationConfig | PerplexityConfig) -> Non
         raise ConfigError(f"{key}.path: must name a file when {key}.dataset=file")
     if group.path is not None and group.dataset not in (AUTO, "file", "c4"):
         raise ConfigError(f"{key}.path: cannot be combined with {key}.dataset={group.dataset}; leave the dataset out")
+
+
+def _check_latency(root: RootConfig) -> None:
+    group = root.latency
+    for key, names, allowed in (("against", group.against, FORMATS), ("peers", group.peers, PEERS)):
+        for name in names:
+            _check_choice(f"latency.{key}", name, allowed)
+        if names and group.engine != "odyssey":
+            raise ConfigError(f"latency.{key}: takes turns with latency.engine=odyssey only; leave it empty")
+    if group.dummy_weights:
+        if group.engine not in ("odyssey", "vllm"):
+            raise ConfigError("latency.dummy_weights=true: only with latency=engine or latency.engine=vllm")
+        if root.accuracy.perplexity is not None or root.accuracy.tasks:
+            raise ConfigError("latency.dummy_weights=true: random weights have no accuracy; add accuracy=none")
 
 
 def _check_gemm(group: GemmConfig) -> None:

@@ -17,9 +17,9 @@ from transformers import (
 
 from odyssey.latency.candidates import Run
 from odyssey.latency.monitor import GpuMonitor
+from odyssey.latency.names import PEERS
 
-EAGER, COMPILED = "transformers-fp16", "transformers-compiled-fp16"
-PEERS = (EAGER, COMPILED)
+EAGER, COMPILED = PEERS
 
 
 def random_transformers_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:

@@ -20,7 +20,8 @@ from odyssey.latency.ceilings import Ceilings
 from odyssey.latency.end_to_end import failed_row, random_prompt, release, row_of, time_interleaved
 from odyssey.latency.floor import floor_of
 from odyssey.latency.monitor import GpuMonitor
-from odyssey.latency.peers import COMPILED, PEERS, TransformersCandidate, random_transformers_model
+from odyssey.latency.names import PEERS
+from odyssey.latency.peers import COMPILED, TransformersCandidate, random_transformers_model
 from odyssey.progress import Progress
 
 
