@@ -12,7 +12,7 @@ from helpers.blocks import HIDDEN, NAMES, block_error, calibrate, generator, lay
 from helpers.checkpoints import write_checkpoint
 
 import odyssey
-from baselines.awq import AwqMethod, AwqSettings, awq_scales, scale_pairs, search_clipping
+from baselines.awq import AwqMethod, AwqSettings, awq_scales, relative_magnitude, scale_pairs, search_clipping
 from baselines.rtn import RtnMethod, RtnSettings
 from odyssey.data.calibration import CalibrationTokens
 from odyssey.methods import settings_dict
@@ -75,6 +75,45 @@ def reference_clipping(weight: np.ndarray, x: np.ndarray, group_size: int, symme
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().double().numpy()
+
+
+def reference_magnitude(weights: list[np.ndarray], group_size: int) -> np.ndarray:
+    rows = np.concatenate([np.abs(weight) for weight in weights])
+    for start in range(0, rows.shape[1], group_size):
+        part = rows[:, start : start + group_size]
+        part /= part.max(axis=1, keepdims=True) + 1e-6
+    return rows.mean(axis=0)
+
+
+@pytest.mark.parametrize("group_size", [16, 24])
+@pytest.mark.parametrize("ratio", [0.0, 0.35, 0.95])
+def test_duo_scaling_divides_by_the_weights_relative_magnitude(ratio, group_size):
+    weights = [torch.randn(rows, 64, generator=generator(rows)) ** 3 for rows in (32, 8)]
+    x = torch.randn(50, 64, generator=generator(5)).abs() + 0.01
+    expected = np.abs(to_numpy(x)).mean(axis=0) ** ratio
+    magnitude = reference_magnitude([to_numpy(weight) for weight in weights], group_size)
+    expected = np.maximum(expected / (magnitude ** (1 - ratio) + 1e-4), 1e-4)
+    expected /= np.sqrt(expected.max() * expected.min())
+    scales = awq_scales(x.mean(dim=0), ratio, relative_magnitude(weights, group_size))
+    np.testing.assert_allclose(to_numpy(scales), expected, rtol=1e-5)
+
+
+def test_the_search_uses_duo_scaling_where_asked():
+    chosen = {}
+    for duo in (False, True):
+        model = make_model(kv_heads=2, outlier_factor=20.0)
+        block, calibration = model.model.layers[0], calibrate(model)
+        norm = block.input_layernorm.weight.clone()
+        result = AwqMethod(AwqSettings(group_size=GROUP, duo_scaling=duo)).quantize_block(block, calibration)
+        chosen[duo] = (norm / result.tensors["input_layernorm.weight"], result.metrics["scaling"]["input_layernorm"])
+        names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        original = make_model(kv_heads=2, outlier_factor=20.0).model.layers[0]
+        weights = [original.get_submodule(name).weight.detach() for name in names]
+        x = layer_inputs(original, calibrate(make_model(kv_heads=2, outlier_factor=20.0)), names[:1])[names[0]]
+        magnitude = relative_magnitude(weights, GROUP) if duo else None
+        expected = awq_scales(x.abs().mean(dim=0), chosen[duo][1]["ratio"], magnitude)
+        torch.testing.assert_close(chosen[duo][0], expected, rtol=1e-2, atol=0)
+    assert not torch.allclose(chosen[False][0], chosen[True][0], rtol=1e-2)
 
 
 def quantize(model, settings: AwqSettings | None = None, samples: int = 6):

@@ -137,6 +137,21 @@ def test_act_order_helps_where_a_few_features_are_large():
     assert errors[True] < errors[False]
 
 
+@pytest.mark.parametrize("act_order", [False, True])
+def test_full_range_divides_by_half_a_step_more(act_order):
+    model = make_model()
+    block, calibration = model.model.layers[0], calibrate(model)
+    settings = GptqSettings(4, 16, act_order=act_order, full_range=True)
+    result = GptqMethod(settings).quantize_block(block, calibration)
+    for name in GROUPS[0]:
+        first = block.get_submodule(name).weight[:, :16].abs().amax(dim=1)
+        # Nothing has been compensated before the first group.
+        torch.testing.assert_close(result.weights[name].scales[:, 0], first / 7.5, rtol=1e-6, atol=0)
+        values = result.weights[name].values
+        assert values.min() == -8
+        assert values.max() == 7
+
+
 def test_raised_damping_is_recorded():
     model = make_model()
     block, calibration = model.model.layers[0], calibrate(model, samples=1, seqlen=4)

@@ -1,0 +1,107 @@
+"""Perplexity of the small LLaMA quantized here and by the reference libraries, with the same calibration tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import odyssey
+from baselines.awq import AwqMethod, AwqSettings
+from baselines.gptq import GptqMethod, GptqSettings
+from baselines.smoothquant import SmoothQuantMethod, SmoothQuantSettings
+from odyssey.accuracy.perplexity import perplexity
+from odyssey.methods import settings_dict
+from odyssey.quantization.pipeline import quantize_checkpoint
+
+pytestmark = [pytest.mark.reference, pytest.mark.timeout(2400)]
+WINDOWS, WITHIN = 24, 0.002
+TITLE = f"Perplexity on the first {WINDOWS} windows"
+ALPHA = 0.8
+
+
+@pytest.fixture(scope="module")
+def measured(testbed, tmp_path_factory):
+    """measured(method object) -> perplexity of the model quantized with it; each is quantized once."""
+    values: dict[str, float] = {}
+
+    def measure(method) -> float:
+        key = f"{method.name} {method.settings}"
+        if key not in values:
+            directory = tmp_path_factory.mktemp("quantized")
+            quantize_checkpoint(
+                testbed.source, method, settings_dict(method.settings), testbed.tokens, directory,
+                device=torch.device("cpu"),
+            )  # fmt: skip
+            values[key] = evaluate(testbed, odyssey.load_quantized(directory))
+        return values[key]
+
+    return measure
+
+
+def evaluate(testbed, model) -> float:
+    return perplexity(model, testbed.tokenizer, testbed.text, max_windows=WINDOWS)["value"]
+
+
+def compare(report, case: str, ours: float, theirs: float, within: float = WITHIN) -> None:
+    report.add(TITLE, case, ours=ours, theirs=theirs, **{"relative difference": ours / theirs - 1})
+    assert ours == pytest.approx(theirs, rel=within)
+
+
+def llm_compressor(testbed, recipe) -> float:
+    """Perplexity of the model that llm-compressor leaves behind, with its own fake quantization in float32."""
+    from datasets import Dataset
+    from llmcompressor import oneshot
+
+    model = AutoModelForCausalLM.from_pretrained(testbed.source.path, dtype=torch.float32).eval()
+    rows = testbed.tokens.tokens
+    dataset = Dataset.from_dict({"input_ids": rows.tolist(), "attention_mask": torch.ones_like(rows).tolist()})
+    oneshot(
+        model=model, processor=testbed.tokenizer, dataset=dataset, recipe=recipe, max_seq_length=rows.shape[1],
+        num_calibration_samples=len(rows), shuffle_calibration_samples=False,
+    )  # fmt: skip
+    return evaluate(testbed, model)
+
+
+@pytest.mark.parametrize("settings", [{}, {"act_order": True}], ids=str)
+def test_gptq_and_auto_gptq(settings, measured, report):
+    theirs = measured(GptqMethod(GptqSettings(backend="auto-gptq", **settings)))
+    ours = measured(GptqMethod(GptqSettings(full_range=True, **settings)))
+    compare(report, f"GPTQ W4A16-g128 (full_range), auto-gptq {settings or ''}", ours, theirs)
+
+
+def test_gptq_and_llm_compressor(testbed, measured, report):
+    from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
+    from llmcompressor.modifiers.gptq import GPTQModifier
+
+    scheme: QuantizationScheme = preset_name_to_scheme("W4A16", ["Linear"])
+    theirs = {}
+    for name in ("none", "weight"):
+        arguments = scheme.model_copy(deep=True)
+        arguments.weights.actorder = None if name == "none" else name
+        recipe = [GPTQModifier(config_groups={"group_0": arguments}, ignore=["lm_head"])]
+        theirs[name] = llm_compressor(testbed, recipe)
+    ours = measured(GptqMethod(GptqSettings(act_order=True, full_range=True)))
+    compare(report, "GPTQ W4A16-g128, act-order with static groups, llm-compressor", ours, theirs["weight"])
+    plain = measured(GptqMethod(GptqSettings(full_range=True)))
+    compare(report, "GPTQ W4A16-g128 (llm-compressor: static groups), llm-compressor", plain, theirs["none"])
+
+
+@pytest.mark.parametrize("duo", [False, True])
+def test_awq_and_autoawq(duo, measured, report):
+    theirs = measured(AwqMethod(AwqSettings(backend="autoawq", duo_scaling=duo)))
+    ours = measured(AwqMethod(AwqSettings(duo_scaling=duo)))
+    compare(report, f"AWQ W4A16-g128, duo_scaling={str(duo).lower()}, autoawq", ours, theirs)
+
+
+def test_smoothquant_and_llm_compressor(testbed, measured, report):
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+
+    recipe = [
+        SmoothQuantModifier(smoothing_strength=ALPHA),
+        QuantizationModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"]),
+    ]
+    theirs = llm_compressor(testbed, recipe)
+    ours = measured(SmoothQuantMethod(SmoothQuantSettings(alpha=ALPHA)))
+    compare(report, f"SmoothQuant W8A8, alpha {ALPHA}, llm-compressor", ours, theirs)
