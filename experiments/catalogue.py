@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.accuracy_tables import table2_lambada, table2_perplexity, table3_commonsense, table6_ablation
-from experiments.figures import draw_figure6, draw_figure7
+from experiments.end_to_end import Timed, end_to_end_table, latencies, speedups, timed_rows
+from experiments.figures import draw_end_to_end, draw_figure6, draw_figure7
 from experiments.gemm import figure7_table
 from experiments.latency_tables import figure6_table, table4_latency, table5_gemm
 from experiments.measured import Measurement, Protocol, perplexities
@@ -34,6 +35,10 @@ class Selection:
     def perplexities(self, sources: Sources) -> list[Measurement]:
         found = perplexities(self.records(sources))
         return [each for each in found if each.protocol is None or self._takes(each.protocol)]
+
+    def timed(self, sources: Sources) -> list[Timed]:
+        found = timed_rows(sources.end_to_end, sources.records)
+        return [each for each in found if self.model in (None, each.row["model"])]
 
     def _takes(self, protocol: Protocol) -> bool:
         return (
@@ -69,7 +74,15 @@ CATALOGUE: dict[str, Entry] = {
         "common-sense accuracy",
         lambda sources, selection: table3_commonsense(selection.records(sources)),
     ),
-    "table4_latency": Entry("end-to-end latency", lambda sources, selection: table4_latency()),
+    "table4_latency": Entry(
+        "end-to-end latency",
+        lambda sources, selection: table4_latency(latencies(selection.timed(sources))),
+    ),
+    "end_to_end": Entry(
+        "end-to-end latency, every batch size",
+        lambda sources, selection: end_to_end_table(selection.timed(sources)),
+        lambda sources, path: draw_end_to_end(path, timed_rows(sources.end_to_end, sources.records)),
+    ),
     "table5_gemm": Entry("one GEMM against QUIK", lambda sources, selection: table5_gemm(sources.gemm)),
     "table6_ablation": Entry(
         "the recipe's steps, perplexity",
@@ -77,8 +90,8 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "figure6_speedup": Entry(
         "speed-up of W4A8 over FP16",
-        lambda sources, selection: figure6_table(),
-        lambda sources, path: draw_figure6(path),
+        lambda sources, selection: figure6_table(speedups(selection.timed(sources))),
+        lambda sources, path: draw_figure6(path, speedups(timed_rows(sources.end_to_end, sources.records))),
     ),
     "figure7_gemm_kinds": Entry(
         "kinds of W4A8 GEMM",

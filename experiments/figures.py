@@ -7,8 +7,18 @@ from pathlib import Path
 
 from experiments import paper
 from experiments.accuracy_tables import model_name
+from experiments.end_to_end import Timed
 from experiments.gemm import BASELINE, KINDS, gemm_kinds, gemm_title
-from experiments.style import COLUMN_WIDTH, PAGE_WIDTH, PAPER_COLOUR, kernel_colour, kernel_name, method_colour
+from experiments.measured import Measurement
+from experiments.style import (
+    COLUMN_WIDTH,
+    PAGE_WIDTH,
+    PAPER_COLOUR,
+    kernel_colour,
+    kernel_name,
+    method_colour,
+    method_name,
+)
 
 _STYLE = {
     "font.size": 8,
@@ -87,21 +97,23 @@ def draw_gemm(document: dict, path: Path) -> list[Path]:
         return _save(figure, path)
 
 
-def draw_figure6(path: Path, measured: dict[str, float] | None = None) -> list[Path]:
-    """Speed-up of W4A8 over FP16 in the same engine, by model; `measured` by model where there are records."""
-    measured = measured or {}
+def draw_figure6(path: Path, measured: Sequence[Measurement] = ()) -> list[Path]:
+    """Speed-up of W4A8 over FP16 in the same engine, by model; measured where there are records, best per model."""
+    devices = {each.model: each.device for each in measured}
+    measured = {each.model: each.value for each in measured}
+    label = f"measured, {' and '.join(sorted(set(devices.values())))}" if devices else "measured"
     plt = _pyplot()
     reported = {model: figure.value for (model,), figure in paper.reported(paper.ENGINE_SPEEDUP).items()}
     models = [*reported, *(model for model in measured if model not in reported)]
     with plt.rc_context(_STYLE):
         figure, axis = plt.subplots(figsize=(COLUMN_WIDTH, 2.4))
-        for shift, values, colour, label in (
-            (-0.2, measured, method_colour("odyssey"), "measured"),
+        for shift, values, colour, name in (
+            (-0.2, measured, method_colour("odyssey"), label),
             (0.2, reported, PAPER_COLOUR, "paper, A100-80G"),
         ):
             shown = [values.get(model, 0) for model in models]
-            bars = axis.bar([place + shift for place in range(len(models))], shown, 0.38, color=colour, label=label)
-            texts = [f"{values[model]:g}x" if model in values else "" for model in models]
+            bars = axis.bar([place + shift for place in range(len(models))], shown, 0.38, color=colour, label=name)
+            texts = [f"{values[model]:.3g}x" if model in values else "" for model in models]
             axis.bar_label(bars, texts, fontsize=7)
             if values is measured:
                 for place, model in enumerate(models):
@@ -114,6 +126,56 @@ def draw_figure6(path: Path, measured: dict[str, float] | None = None) -> list[P
         axis.legend(loc="upper left", ncols=2)
         figure.tight_layout()
         return _save(figure, path)
+
+
+def draw_end_to_end(path: Path, rows: Sequence[Timed]) -> list[Path]:
+    """Prefill and decoding as stacked bars (the paper's figure 1): one row of panels for each model and GPU, one panel
+    for each batch size; methods of this project's engine, those that did not run named."""
+    plt = _pyplot()
+    shown = [timed for timed in rows if timed.row.get("engine", "odyssey") == "odyssey"]
+    lines = list(dict.fromkeys((timed.row["model"], timed.device) for timed in shown))
+    batches = {line: sorted({each.row["batch_size"] for each in shown if _line(each) == line}) for line in lines}
+    across = max(map(len, batches.values()), default=1)
+    with plt.rc_context(_STYLE):
+        size = (max(COLUMN_WIDTH, PAGE_WIDTH * across / 4), 2.2 * max(1, len(lines)) + 0.4)
+        figure, axes = plt.subplots(max(1, len(lines)), across, figsize=size, squeeze=False)
+        for axis in axes.flat:
+            axis.set_visible(False)
+        for row_of_axes, line in zip(axes, lines, strict=False):
+            for axis, batch in zip(row_of_axes, batches[line], strict=False):
+                found = [timed for timed in shown if _line(timed) == line and timed.row["batch_size"] == batch]
+                _stack(axis, found, f"{model_name(line[0])}, batch {batch}\n{line[1]}")
+            row_of_axes[0].set_ylabel("ms, 1024 in + 128 out")
+        if not lines:
+            axes[0][0].set_visible(True)
+            axes[0][0].set_title("measured: not run")
+            axes[0][0].set_axis_off()
+        figure.tight_layout()
+        return _save(figure, path)
+
+
+def _line(timed: Timed) -> tuple[str, str]:
+    return timed.row["model"], timed.device
+
+
+def _stack(axis, found: list[Timed], title: str) -> None:
+    """Prefill below (dark), decoding above (light); the total on top."""
+    axis.set_visible(True)
+    places = range(len(found))
+    totals = [timed.row["total_ms"] or 0 for timed in found]
+    prefills = [timed.row["prefill_ms"] or 0 for timed in found]
+    colours = [method_colour(timed.row["method"]) for timed in found]
+    axis.bar(places, prefills, 0.7, color=colours)
+    decodes = [total - prefill for total, prefill in zip(totals, prefills, strict=True)]
+    bars = axis.bar(places, decodes, 0.7, bottom=prefills, color=colours, alpha=0.45)
+    axis.bar_label(bars, [f"{total:.0f}" if total else "" for total in totals], fontsize=6)
+    for place, timed in enumerate(found):
+        if not timed.ok:
+            axis.text(place, 0, f" {timed.row['outcome']}", rotation=90, ha="center", va="bottom", fontsize=6)
+    names = [method_name(timed.row["method"]).removeprefix("OdysseyLLM ").partition(" (")[0] for timed in found]
+    axis.set_xticks(places, names, rotation=40, ha="right", fontsize=6)
+    axis.set_title(title, fontsize=7)
+    axis.margins(y=0.15)
 
 
 def draw_figure7(path: Path, documents: Sequence[dict] = ()) -> list[Path]:

@@ -9,7 +9,7 @@ from experiments.accuracy_tables import model_name, model_rank
 from experiments.comparison import comparison_table
 from experiments.gemm import gemm_cells
 from experiments.measured import Measurement, single_protocol, with_differences
-from experiments.style import kernel_name, method_name
+from experiments.style import engine_rank, kernel_name, method_name
 from experiments.table import Column, Table
 
 # The table's stages are known by their number of tokens: the paper decodes one token and reads 1024.
@@ -17,9 +17,8 @@ _STAGE_TOKENS = {"context decoding": 1024, "self-decoding": 1}
 
 
 def table4_latency(measurements: Sequence[Measurement] = ()) -> Table:
-    """Milliseconds for 1024 tokens in and 128 out, and their ratios; measurements have the engine as their method.
+    """Milliseconds for 1024 tokens in and 128 out, and their ratios; measurements are of end_to_end.latencies.
 
-    Times of `latency=transformers` are no such measurement: eager modules are bound by launches.
     Raises MixedProtocolsError.
     """
     single_protocol(list(measurements))
@@ -33,10 +32,17 @@ def table4_latency(measurements: Sequence[Measurement] = ()) -> Table:
         {cell: figure.value for cell, figure in cells.items()},
         with_differences(list(measurements), lambda each: (each.model, each.method)),
         labels=lambda cell: (model_name(cell[0]), engine_name(cell[1]), units.get(cell[1], "ms")),
-        rank=lambda cell: (*model_rank(cell[0]), order.index(cell[1]) if cell[1] in order else len(order), cell[1]),
+        rank=lambda cell: (
+            *model_rank(cell[0]), order.index(cell[1]) if cell[1] in order else len(order), engine_rank(cell[1]),
+        ),
         number="{:.6g}",
         signed="{:+.6g}",
-        notes=("Another GPU than the paper's makes the milliseconds another quantity; compare the ratios.",),
+        notes=(
+            "Batch 1. The paper: A100-80G, TensorRT-LLM beside its own engine, trained weights. Measured: the row's "
+            "GPU, all formats in this project's engine, random weights of the same shapes; the ratios are W4A8 over "
+            "FP16 and over W8A8 of the same run. Milliseconds of different GPUs are different quantities; compare the "
+            "ratios.",
+        ),
     )
 
 

@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 from experiments.accuracy_tables import table2_lambada, table2_perplexity, table3_commonsense, table6_ablation
-from experiments.figures import draw_figure6, draw_figure7, draw_gemm
+from experiments.end_to_end import end_to_end_table, latencies, speedups, timed_rows
+from experiments.figures import draw_end_to_end, draw_figure6, draw_figure7, draw_gemm
 from experiments.gemm import figure7_table, gemm_table
 from experiments.latency_tables import figure6_table, table4_latency, table5_gemm
 from experiments.measured import Measurement, asked_dataset, perplexities, single_protocol
@@ -82,9 +83,14 @@ def _latency(sources: Sources, directory: Path, written: list[Path]) -> list[str
     written += draw_figure7(figures / "figure7_gemm_kinds", sources.gemm)
     sections.append(_section(figure7_table(sources.gemm), picture=_picture(figures / "figure7_gemm_kinds", "figure 7")))
     sections.append(_section(table5_gemm(sources.gemm)))
-    sections += ["## End to end\n", _section(table4_latency())]
-    written += draw_figure6(figures / "figure6_speedup")
-    sections.append(_section(figure6_table(), picture=_picture(figures / "figure6_speedup", "figure 6")))
+    rows = timed_rows(sources.end_to_end, sources.records)
+    sections += ["## End to end\n", _section(table4_latency(latencies(rows)))]
+    written += draw_figure6(figures / "figure6_speedup", speedups(rows))
+    sections.append(_section(figure6_table(speedups(rows)), picture=_picture(figures / "figure6_speedup", "figure 6")))
+    if rows:
+        written += draw_end_to_end(figures / "end_to_end", rows)
+        picture = _picture(figures / "end_to_end", "prefill and decoding")
+        sections.append(_section(end_to_end_table(rows), picture=picture))
     return sections
 
 

@@ -1,4 +1,5 @@
-"""Finds what was measured: records of run.py and results of fastgemm.bench, in output or results directories."""
+"""Finds what was measured: records of run.py, results of fastgemm.bench and of odyssey.latency, in output or results
+directories."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from pathlib import Path
 from odyssey.record import RECORD_NAME, read_record
 
 GEMM_FORMAT = 1
+END_TO_END_FORMAT = "odyssey-end-to-end"
 
 
 class SourceError(Exception):
@@ -18,15 +20,18 @@ class SourceError(Exception):
 @dataclass
 class Sources:
     """records: of cells, oldest first, each with its own path under "path". gemm: results of fastgemm.bench, likewise.
-    skipped: "file: reason" for JSON files beside GEMM results that are something else."""
+    end_to_end: results of odyssey.latency, likewise. skipped: "file: reason" for JSON files beside these that are
+    something else."""
 
     records: list[dict] = field(default_factory=list)
     gemm: list[dict] = field(default_factory=list)
+    end_to_end: list[dict] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
 
 def load_sources(directories: list[Path]) -> Sources:
-    """Everything under the directories, down to results/<device>/<model>/<cell>/record.json and results/<device>/gemm.
+    """Everything under the directories, down to results/<device>/<model>/<cell>/record.json, results/<device>/gemm and
+    results/<device>/end_to_end.
 
     A cell that is found twice, as run and as committed, counts once. Raises SourceError for a directory that is absent.
     """
@@ -44,6 +49,9 @@ def load_sources(directories: list[Path]) -> Sources:
         for pattern in ("*.json", "gemm/*.json", "*/gemm/*.json", "gemm/*/gemm.json", "*/gemm/*/gemm.json"):
             for path in sorted(set(directory.glob(pattern)) - paths):
                 _add_gemm(sources, path, seen)
+        for pattern in ("end_to_end/*.json", "*/end_to_end/*.json"):
+            for path in sorted(directory.glob(pattern)):
+                _add_end_to_end(sources, path, seen)
     sources.records.sort(key=lambda record: record.get("started", ""))
     return sources
 
@@ -69,12 +77,27 @@ def load_gemm(paths: list[Path]) -> Sources:
     return sources
 
 
-def _add_gemm(sources: Sources, path: Path, seen: set) -> None:
+def _add_end_to_end(sources: Sources, path: Path, seen: set) -> None:
+    document = _read(path)
+    if not isinstance(document, dict) or document.get("format") != END_TO_END_FORMAT:
+        sources.skipped.append(f"{path}: not a result of odyssey.latency (format {END_TO_END_FORMAT})")
+    elif path.resolve() not in seen:
+        seen.add(path.resolve())
+        sources.end_to_end.append({**document, "path": str(path)})
+
+
+def _read(path: Path) -> object:
     try:
-        document = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise SourceError(f"{path}: not a JSON file ({error})") from error
-    if not isinstance(document, dict) or document.get("format") != GEMM_FORMAT or "rows" not in document:
+
+
+def _add_gemm(sources: Sources, path: Path, seen: set) -> None:
+    document = _read(path)
+    if isinstance(document, dict) and document.get("format") == END_TO_END_FORMAT:
+        _add_end_to_end(sources, path, seen)
+    elif not isinstance(document, dict) or document.get("format") != GEMM_FORMAT or "rows" not in document:
         sources.skipped.append(f"{path}: not a result of fastgemm.bench (format {GEMM_FORMAT})")
     elif path.resolve() not in seen:
         seen.add(path.resolve())

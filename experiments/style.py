@@ -12,7 +12,17 @@ _NAMES = {
     "odyssey": "OdysseyLLM",
     "trtllm-fp16": "TensorRT-LLM FP16",
     "trtllm-w8a8": "TensorRT-LLM W8A8",
+    "w8a8": "W8A8",
+    "w4a16-g128": "W4A16 g128",
+    "w4a8": "OdysseyLLM W4A8",
+    "w4a8-g128": "W4A8 g128 (fine-grained)",
+    "transformers-fp16": "Transformers FP16, eager",
+    "transformers-compiled-fp16": "Transformers FP16, compiled",
 }
+# Methods of end-to-end latency by their number format, peers first.
+_ENGINE_ORDER = (
+    "transformers-fp16", "transformers-compiled-fp16", "fp16", "w4a16-g128", "w8a8", "w4a8-g128", "w4a8",
+)  # fmt: skip
 _COLOURS = {
     "fp16": "#000000",
     "rtn": "#E69F00",
@@ -20,6 +30,10 @@ _COLOURS = {
     "gptq": "#009E73",
     "smoothquant": "#CC79A7",
     "odyssey": "#D55E00",
+    "w8a8": "#CC79A7",
+    "w4a16-g128": "#009E73",
+    "w4a8-g128": "#56B4E9",
+    "w4a8": "#D55E00",
 }
 # Kernels of fastgemm.bench: a kernel has the colour of the method that runs on it.
 _KERNELS = {
@@ -52,6 +66,11 @@ def method_colour(method: str) -> str:
 def method_rank(method: str) -> int:
     """Position in tables; methods unknown to the paper come last."""
     return METHOD_ORDER.index(method) if method in METHOD_ORDER else len(METHOD_ORDER)
+
+
+def engine_rank(method: str) -> int:
+    """Position in tables of end-to-end latency; others come last."""
+    return _ENGINE_ORDER.index(method) if method in _ENGINE_ORDER else len(_ENGINE_ORDER)
 
 
 def kernel_name(kernel: str) -> str:

@@ -112,7 +112,7 @@ def test_gemm_figure_has_a_panel_for_each_size(tmp_path):
 
 
 def test_figures_6_and_7(tmp_path):
-    _, svg = draw_figure6(tmp_path / "six", {"llama2-7b": 1.5})
+    _, svg = draw_figure6(tmp_path / "six", [measurement("llama2-7b", "odyssey", 1.5)])
     text = svg.read_text()
     assert "1.5x" in text
     assert "2.15x" in text

@@ -1,0 +1,179 @@
+"""End-to-end latency from results of `python -m odyssey.latency` and from cells with latency=engine: rows, the cells of
+tables, and the ratios that the paper gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from experiments import paper
+from experiments.measured import Measurement, short_commit
+from experiments.style import engine_rank, method_name
+from experiments.table import Column, Table
+from odyssey.record import OK
+
+# The lengths of the paper's table 4 and figures 1 and 6.
+INPUT_LEN, OUTPUT_LEN = 1024, 128
+# The number format of the paper's method, and the name that tables give it.
+FORMAT, METHOD = "w4a8", "odyssey"
+BASELINE = "fp16"
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One row with where it comes from. run: rows of one run share it, and only their ratios mean anything."""
+
+    row: dict
+    device: str
+    commit: str | None
+    run: str
+
+    @property
+    def key(self) -> tuple[str, int, str]:
+        return self.row["model"], self.row["batch_size"], self.row["method"]
+
+    @property
+    def ok(self) -> bool:
+        return self.row["outcome"] == OK
+
+
+def timed_rows(documents: Iterable[dict], records: Iterable[dict] = ()) -> list[Timed]:
+    """Every row of the paper's lengths, later runs of the same model, batch size, method and GPU in place of earlier
+    ones; a row that failed gives way to one that did not."""
+    found: dict[tuple, Timed] = {}
+    for content, run in _runs(documents, records):
+        environment = content["environment"]
+        gpu = environment.get("gpu")
+        device = gpu["name"] if isinstance(gpu, dict) else gpu or environment.get("cpu") or "CPU"
+        for row in content["rows"]:
+            if (row["input_len"], row["output_len"]) != (INPUT_LEN, OUTPUT_LEN):
+                continue
+            timed = Timed(row, device, short_commit(environment.get("git_commit")), run)
+            key = (device, *timed.key)
+            if key not in found or timed.ok or not found[key].ok:
+                found[key] = timed
+    return sorted(found.values(), key=_rank)
+
+
+def _runs(documents: Iterable[dict], records: Iterable[dict]) -> Iterator[tuple[dict, str]]:
+    ordered = [(document.get("started", ""), document, document["path"]) for document in documents]
+    for record in records:
+        latency = record.get("latency", {})
+        if latency.get("rows"):
+            content = {"environment": record.get("environment", {}), "rows": latency["rows"]}
+            ordered.append((record.get("started", ""), content, record["path"]))
+    for _, content, path in sorted(ordered, key=lambda each: (each[0], each[2])):
+        yield content, path
+
+
+def _rank(timed: Timed) -> tuple:
+    model, batch_size, method = timed.key
+    models = list(paper.MODEL_NAMES)
+    return (models.index(model) if model in models else len(models), model, timed.device, batch_size,
+            engine_rank(method), method)  # fmt: skip
+
+
+def speedup(timed: Timed, rows: Iterable[Timed], baseline: str) -> float | None:
+    """Total time of `baseline` in the same run, model and batch size over that of `timed`."""
+    for other in rows:
+        same = (other.run, other.device, *other.key) == (timed.run, timed.device, *timed.key[:2], baseline)
+        if same and other.ok and timed.ok:
+            return other.row["total_ms"] / timed.row["total_ms"]
+    return None
+
+
+def latencies(rows: list[Timed], batch_size: int = 1) -> list[Measurement]:
+    """Milliseconds of every method at one batch size, and the ratios of the paper's table 4.
+
+    The paper's are over TensorRT-LLM; ours are over the same format in this project's engine, and the note says so.
+    """
+    found = []
+    for timed in rows:
+        if timed.row["batch_size"] != batch_size:
+            continue
+        name = METHOD if timed.row["method"] == FORMAT else timed.row["method"]
+        found.append(_measurement(timed, name, timed.row["total_ms"] if timed.ok else None))
+        if name != METHOD:
+            continue
+        for baseline, engine in (("fp16", "trtllm-fp16"), ("w8a8", "trtllm-w8a8")):
+            ratio = speedup(timed, rows, baseline)
+            if ratio is not None:
+                note = f"measured: over {method_name(baseline)} in the same engine and run"
+                found.append(_measurement(timed, f"{METHOD} over {engine}", ratio, note))
+    return found
+
+
+def speedups(rows: list[Timed], batch_size: int = 1) -> list[Measurement]:
+    """W4A8 over FP16 in the same engine and run (the paper's figure 6)."""
+    found = []
+    for timed in rows:
+        if timed.row["method"] == FORMAT and timed.row["batch_size"] == batch_size:
+            ratio = speedup(timed, rows, BASELINE)
+            if ratio is not None:
+                found.append(_measurement(timed, METHOD, ratio))
+    return found
+
+
+def _measurement(timed: Timed, method: str, value: float | None, note: str | None = None) -> Measurement:
+    row = timed.row
+    if value is None:
+        note = f"{row['outcome']}: {row.get('reason')}"
+    return Measurement(
+        model=row["model"], method=method, format=row.get("format", ""), recipe=None, value=value,
+        outcome=row["outcome"], device=timed.device, commit=timed.commit, note=note,
+    )  # fmt: skip
+
+
+def end_to_end_table(rows: list[Timed]) -> Table:
+    """Every row: both phases, the floor, energy, and the ratio to FP16 of the same run."""
+    columns = (
+        Column("model", "model"),
+        Column("batch_size", "batch", "{:d}"),
+        Column("method", "method"),
+        Column("prefill_ms", "prefill ms", "{:.1f}"),
+        Column("decode_ms_per_token", "ms/token", "{:.3f}"),
+        Column("step_p99_ms", "p99", "{:.3f}"),
+        Column("total_ms", "total ms", "{:.1f}"),
+        Column("floor_ms", "floor ms", "{:.1f}"),
+        Column("over_floor", "over floor", "{:.2f}x"),
+        Column("speedup_over_fp16", "vs FP16", "{:.2f}x"),
+        Column("tokens_per_s", "tokens/s", "{:.0f}"),
+        Column("memory_gib", "GiB", "{:.1f}"),
+        Column("energy_j_per_token", "J/token", "{:.3f}"),
+        Column("device", "device"),
+        Column("commit", "commit"),
+        Column("note", "note"),
+    )
+    drawn = []
+    for timed in rows:
+        row = timed.row
+        name = paper.MODEL_NAMES.get(row["model"], row["model"])
+        front = (name, row["batch_size"], method_name(row["method"]))
+        back = (timed.device, timed.commit)
+        if not timed.ok:
+            drawn.append((*front, *(None,) * 10, *back, f"{row['outcome']}: {row['reason']}"))
+            continue
+        floor, peak = row["floor_ms"], row.get("peak_memory_bytes")
+        # Peers of another engine are held against no floor: theirs is that of the format.
+        floor = floor if row.get("engine", "odyssey") == "odyssey" else None
+        drawn.append(
+            (*front, row["prefill_ms"], row["decode_ms_per_token"], (row.get("step_ms") or {}).get("p99"),
+             row["total_ms"], floor, row["total_ms"] / floor if floor else None, speedup(timed, rows, BASELINE),
+             row["tokens_per_s"], peak / 2**30 if peak else None, row.get("energy_j_per_token"), *back, _note(row))
+        )  # fmt: skip
+    notes = (
+        f"{INPUT_LEN} tokens in, {OUTPUT_LEN} out, greedy; medians of interleaved runs in one process. Floor: the "
+        "prefill's operations at the measured matrix peaks, bytes of weights and KV cache at the measured bandwidth "
+        "(docs/engine.md).",
+    )
+    return Table("end_to_end", "End-to-end latency in the decode engine", columns, tuple(drawn), notes)
+
+
+def _note(row: dict) -> str | None:
+    reasons = row.get("gpu", {}).get("throttle_reasons")
+    parts = ["random weights" if row.get("weights") == "random" else None]
+    if reasons:
+        parts.append(f"throttled: {', '.join(reasons)}")
+    if row.get("backend"):
+        parts.append(f"kernel: {row['backend']}")
+    return ", ".join(part for part in parts if part) or None

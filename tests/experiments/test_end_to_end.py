@@ -1,0 +1,135 @@
+"""Tables and figures of end-to-end latency against hand-written results."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from experiments.__main__ import main
+from experiments.end_to_end import end_to_end_table, latencies, speedup, speedups, timed_rows
+from experiments.figures import draw_end_to_end, draw_figure6
+from experiments.latency_tables import figure6_table, table4_latency
+from experiments.sources import END_TO_END_FORMAT, load_sources
+from odyssey.latency.__main__ import DOCUMENT_FORMAT
+
+
+def row(method, total, prefill=20.0, *, batch=1, model="llama2-7b", input_len=1024, output_len=128, **changes):
+    return {
+        "model": model, "method": method, "batch_size": batch, "input_len": input_len, "output_len": output_len,
+        "outcome": "ok", "engine": "transformers" if method.startswith("transformers") else "odyssey",
+        "weights": "random", "prefill_ms": prefill, "decode_ms_per_token": (total - prefill) / (output_len - 1),
+        "total_ms": total, "tokens_per_s": 1e3 * batch * output_len / total, "floor_ms": total / 2,
+        "share_of_floor": 0.5, "step_ms": {"p99": 3.0}, "gpu": {}, "peak_memory_bytes": 2**30,
+        "energy_j_per_token": 0.5, **changes,
+    }  # fmt: skip
+
+
+def failed(method, **changes):
+    reason = {"outcome": "unsupported", "reason": "predicted 130.0 GiB, this GPU has 79.0 GiB"}
+    return {**row(method, 1.0, 0.5), **dict.fromkeys(("prefill_ms", "decode_ms_per_token", "total_ms", "floor_ms")),
+            **reason, **changes}  # fmt: skip
+
+
+def document(rows, path="h100/a.json", started="2026-01-01T00:00:00", gpu="GPU 1"):
+    return {
+        "format": END_TO_END_FORMAT, "started": started, "path": path, "rows": rows,
+        "environment": {"gpu": {"name": gpu}, "git_commit": "fedcba9876"},
+    }  # fmt: skip
+
+
+RUN = document(
+    [
+        row("fp16", 800.0),
+        row("w8a8", 500.0),
+        row("w4a8", 250.0, 15.0),
+        row("transformers-fp16", 4000.0),
+        row("fp16", 1600.0, batch=16),
+        row("w4a8", 1000.0, batch=16),
+    ]
+)
+
+
+def texts(table):
+    return [dict(zip((column.key for column in table.columns), each, strict=True)) for each in table.rows]
+
+
+def test_table4_has_our_ratios_beside_the_papers():
+    found = texts(table4_latency(latencies(timed_rows([RUN]))))
+    seven = {each["engine"]: each for each in found if each["model"] == "LLaMA-2-7B"}
+    assert seven["OdysseyLLM"]["measured"] == 250.0
+    ratio = seven["OdysseyLLM over TensorRT-LLM FP16"]
+    assert (ratio["measured"], ratio["paper"]) == (pytest.approx(3.2), 1.87)
+    assert "over FP16 in the same engine" in ratio["note"]
+    assert seven["OdysseyLLM over TensorRT-LLM W8A8"]["measured"] == pytest.approx(2.0)
+    assert (seven["FP16"]["measured"], seven["FP16"]["paper"]) == (800.0, None)
+    assert seven["TensorRT-LLM FP16"]["measured"] is None
+    assert all(each["measured"] is None for each in found if each["model"] == "LLaMA-2-70B")
+
+
+def test_figure6_is_of_one_run_at_batch_1(tmp_path):
+    assert [each.value for each in speedups(timed_rows([RUN]))] == [pytest.approx(3.2)]
+    assert texts(figure6_table(speedups(timed_rows([RUN]))))[0]["measured"] == pytest.approx(3.2)
+    _, svg = draw_figure6(tmp_path / "six", speedups(timed_rows([RUN])))
+    assert "3.2x" in svg.read_text()
+    assert "measured, GPU 1" in svg.read_text()
+
+
+def test_ratios_never_mix_runs_or_gpus():
+    other = document([row("fp16", 900.0)], path="h100/b.json", started="2026-01-02T00:00:00")
+    rows = timed_rows([document([row("w4a8", 250.0)]), other])
+    (ours,) = [each for each in rows if each.row["method"] == "w4a8"]
+    assert speedup(ours, rows, "fp16") is None
+    both = timed_rows([RUN, document(RUN["rows"], path="h200/a.json", gpu="GPU 2")])
+    assert len(both) == 2 * len(RUN["rows"])
+
+
+def test_a_later_run_replaces_an_earlier_one_but_not_by_a_failure():
+    later = document([row("w4a8", 240.0), failed("w8a8")], path="h100/b.json", started="2026-01-02T00:00:00")
+    rows = {each.key: each.row for each in timed_rows([later, RUN])}
+    assert rows["llama2-7b", 1, "w4a8"]["total_ms"] == 240.0
+    assert rows["llama2-7b", 1, "w8a8"]["total_ms"] == 500.0
+
+
+def test_other_lengths_are_left_out_and_cells_are_taken():
+    record = {
+        "environment": {"gpu": {"name": "GPU 1"}}, "path": "x/record.json", "started": "2026-01-01",
+        "latency": {"rows": [row("w4a8", 3.0, 1.0), row("fp16", 3.0, 1.0, input_len=32)]},
+    }  # fmt: skip
+    assert [each.row["method"] for each in timed_rows([], [record])] == ["w4a8"]
+
+
+def test_the_full_table_says_what_did_not_run():
+    rows = timed_rows([document([row("w4a8", 250.0), failed("fp16", batch_size=64)])])
+    found = texts(end_to_end_table(rows))
+    assert [(each["batch_size"], each["total_ms"]) for each in found] == [(1, 250.0), (64, None)]
+    assert found[0]["over_floor"] == pytest.approx(2.0)
+    assert "unsupported: predicted 130.0 GiB" in found[1]["note"]
+    assert "random weights" in found[0]["note"]
+    peer = texts(end_to_end_table(timed_rows([RUN])))
+    (eager,) = [each for each in peer if each["method"] == "Transformers FP16, eager"]
+    assert eager["floor_ms"] is None
+
+
+def test_stacked_bars_name_what_did_not_run(tmp_path):
+    rows = timed_rows([RUN, document([failed("fp16", model="llama2-70b")], path="h100/c.json")])
+    _, svg = draw_end_to_end(tmp_path / "bars", rows)
+    text = svg.read_text()
+    assert "LLaMA-2-7B, batch 16" in text
+    assert "250" in text
+    assert "unsupported" in text
+    assert "4000" not in text
+    assert "not run" in draw_end_to_end(tmp_path / "none", [])[1].read_text()
+
+
+def test_documents_are_found_in_result_directories(tmp_path, capsys):
+    assert DOCUMENT_FORMAT == END_TO_END_FORMAT
+    directory = tmp_path / "h100" / "end_to_end"
+    directory.mkdir(parents=True)
+    (directory / "run.json").write_text(json.dumps({**RUN, "path": None}))
+    (directory / "other.json").write_text("{}")
+    sources = load_sources([tmp_path])
+    assert len(sources.end_to_end) == 1
+    assert "other.json: not a result of odyssey.latency" in sources.skipped[0]
+    assert main(["end_to_end", str(tmp_path), "--format", "md"]) == 0
+    assert "| LLaMA-2-7B | 16 | OdysseyLLM W4A8 |" in capsys.readouterr().out
