@@ -7,6 +7,7 @@ auto-gptq and autoawq are unmaintained (their successors are GPTQModel and llm-c
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import sys
@@ -53,9 +54,9 @@ def auto_gptq_module(name: str) -> types.ModuleType:
     for depth in range(1, len(parts)):
         package = ".".join(parts[:depth])
         if package not in sys.modules:
-            module = types.ModuleType(package)
-            module.__path__ = [str(root.joinpath(*parts[1:depth]))]
-            sys.modules[package] = module
+            spec = importlib.machinery.ModuleSpec(package, None, is_package=True)
+            spec.submodule_search_locations.append(str(root.joinpath(*parts[1:depth])))
+            sys.modules[package] = importlib.util.module_from_spec(spec)
     return importlib.import_module(".".join(parts))
 
 
