@@ -78,9 +78,10 @@ class Engine:
                 f"the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}: "
                 f"the cache holds {self.cache.max_len}"
             )
-        self._generator.manual_seed(seed)
         count = len(prompts)
         self.prepare(count, sampling)
+        # Behind the capture, whose trial steps draw, too.
+        self._generator.manual_seed(seed)
         history = torch.empty(max_new_tokens, count, dtype=torch.int64, device=self.device)
         self.prefill(prompts, sampling)
         history[0] = self._tokens[:count]

@@ -40,6 +40,11 @@ def _of_one_layer(form: str, work_of) -> Counter:
     return four - three
 
 
+def _unplanned(launched: Counter) -> list[str]:
+    """Copies and PyTorch's own element-wise kernels, which hide in views that are made contiguous and in casts."""
+    return [name for name in launched if name.startswith("Memcpy") or "at::native" in name]
+
+
 @pytest.mark.parametrize("form", ["w8a8", "w4a8"])
 def test_a_layer_of_a_decoding_step_is_its_planned_kernels(form):
     def work_of(engine):
@@ -49,8 +54,7 @@ def test_a_layer_of_a_decoding_step_is_its_planned_kernels(form):
 
     launched = _of_one_layer(form, work_of)
     assert launched.total() == PLANNED, launched
-    unplanned = [name for name in launched if any(word in name.lower() for word in ("memcpy", "copy", "elementwise"))]
-    assert unplanned == []
+    assert not _unplanned(launched)
 
 
 def test_float_products_add_nothing_but_their_library_kernels():
@@ -62,7 +66,7 @@ def test_float_products_add_nothing_but_their_library_kernels():
     launched = _of_one_layer("fp16", work_of)
     # cuBLAS may split a product over K and add the parts in a second kernel.
     assert PLANNED <= launched.total() <= PLANNED + 4, launched
-    assert not [name for name in launched if "elementwise" in name.lower()]
+    assert not _unplanned(launched)
 
 
 @pytest.mark.parametrize("form", ["w8a8", "w4a8"])
@@ -72,5 +76,8 @@ def test_a_layer_of_a_prefill_is_its_planned_kernels(form):
         return lambda: engine.prefill(prompt)
 
     launched = _of_one_layer(form, work_of)
+    # cuDNN's attention clears a counter of its own.
+    launched = Counter({name: count for name, count in launched.items() if not name.startswith("Memset")})
     # norm, QKV, RoPE and cache write, attention, quantization, o, norm, gate/up, SiLU, down.
     assert launched.total() == PLANNED + 1, launched
+    assert not _unplanned(launched)

@@ -1,0 +1,189 @@
+"""The command and its rows on the embedded model: every method, peers, limits; and what the monitor reports."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from odyssey.engine import FORMATS
+from odyssey.errors import UnsupportedError
+from odyssey.latency.__main__ import main
+from odyssey.latency.cells import dummy_config
+from odyssey.latency.end_to_end import random_prompt
+from odyssey.latency.monitor import GpuMonitor
+from odyssey.latency.names import METHODS
+from odyssey.latency.sweep import Bench, Case, random_entries
+
+CPU = torch.device("cpu")
+SMALL = ["--models", "tiny", "--device", "cpu", "--input-len", "12", "--output-len", "4", "--repeats", "2"]
+ROW_KEYS = {
+    "model", "method", "batch_size", "input_len", "output_len", "prefill_ms", "decode_ms_per_token", "total_ms",
+    "floor_ms",
+}  # fmt: skip
+
+
+def _bench(entries, **changes):
+    options = {"device": CPU, "dtype": torch.float32, "monitor": GpuMonitor(CPU), "ceilings": None, **changes}
+    return Bench("tiny", dummy_config("tiny", None), entries, **options)
+
+
+def _entries(methods, peers=()):
+    return random_entries(dummy_config("tiny", None), methods, peers, CPU, torch.float32)
+
+
+def test_the_command_times_every_method_and_peer(tmp_path, capsys):
+    path = tmp_path / "result.json"
+    arguments = [*SMALL, "--batch-sizes", "1,2", "--peers", "transformers-fp16", "--json", str(path)]
+    assert main(arguments) == 0
+    document = json.loads(path.read_text())
+    rows = document["rows"]
+    assert [row["method"] for row in rows] == [*METHODS, "transformers-fp16"] * 2
+    for row in rows:
+        assert set(row) >= ROW_KEYS
+        assert row["outcome"] == "ok"
+        assert row["weights"] == "random"
+        assert 0 < row["prefill_ms"] < row["total_ms"]
+        assert row["decode_ms_per_token"] == pytest.approx((row["total_ms"] - row["prefill_ms"]) / 3, rel=0.5)
+        assert row["tokens_per_s"] == pytest.approx(1e3 * 4 * row["batch_size"] / row["total_ms"])
+        assert len(row["samples"]["total_ms"]) == 2
+        assert [len(steps) for steps in row["samples"]["step_ms"]] == [3, 3]
+        assert row["step_ms"]["count"] == 6
+        assert row["floor_ms"] > 0
+        assert row["energy_j_per_token"] is None
+        assert row["gpu"]["problem"] == "no GPU"
+    assert document["ceilings"]["read_bytes_per_s"] > 0
+    assert document["before"]["problem"] == "no GPU"
+    assert document["environment"]["git_commit"]
+    assert "transformers-fp16 batch 2" in capsys.readouterr().out
+
+
+def test_methods_take_turns():
+    order = []
+
+    class Spy:
+        def __init__(self, name):
+            self.name, self.facts = name, {}
+
+        def run(self, prompt, output_len, monitor):
+            from odyssey.latency.candidates import Run
+
+            order.append(self.name)
+            return Run(1.0, 2.0)
+
+    from odyssey.latency.end_to_end import time_interleaved
+
+    prompt = random_prompt(10, 1, 4, 0, CPU)
+    timings = time_interleaved(
+        [Spy("a"), Spy("b")], prompt, output_len=2, warmup=1, repeats=2, monitor=GpuMonitor(CPU)
+    )
+    assert order == ["a", "b"] * 3
+    assert [len(timing.runs) for timing in timings] == [2, 2]
+
+
+def test_what_does_not_fit_is_a_row_with_both_figures(monkeypatch):
+    weights = {"fp16": 4, "w4a8": 2}
+    monkeypatch.setattr("odyssey.latency.sweep.available_bytes", lambda device: 3 * 2**30)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 0)
+
+    def predict(shapes, form, **_):
+        from odyssey.engine.memory import MemoryNeed
+
+        return MemoryNeed(weights[form.name] * 2**30, 0, 0, 0)
+
+    monkeypatch.setattr("odyssey.latency.sweep.predict", predict)
+    rows = _bench(_entries(["fp16", "w4a8"])).run(Case(1, 8, 2, 0, 1))
+    assert [row["outcome"] for row in rows] == ["unsupported", "ok"]
+    assert "predicted 4.0 GiB" in rows[0]["reason"]
+    assert "this GPU has 3.0 GiB" in rows[0]["reason"]
+
+
+def test_methods_that_do_not_fit_together_run_in_groups(monkeypatch):
+    monkeypatch.setattr("odyssey.latency.sweep.available_bytes", lambda device: 5 * 2**30)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 0)
+
+    def predict(shapes, form, **_):
+        from odyssey.engine.memory import MemoryNeed
+
+        return MemoryNeed(2 * 2**30, 0, 0, 0)
+
+    monkeypatch.setattr("odyssey.latency.sweep.predict", predict)
+    rows = _bench(_entries(["fp16", "w8a8", "w4a8"])).run(Case(1, 8, 2, 0, 1))
+    assert [row["interleaved_with"] for row in rows] == [["fp16", "w8a8"]] * 2 + [["w4a8"]]
+
+
+def test_an_out_of_memory_group_is_tried_one_by_one(monkeypatch):
+    calls = []
+
+    def time_interleaved(candidates, *_, **__):
+        calls.append([candidate.name for candidate in candidates])
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    monkeypatch.setattr("odyssey.latency.sweep.time_interleaved", time_interleaved)
+    rows = _bench(_entries(["fp16", "w8a8"])).run(Case(1, 8, 2, 0, 1))
+    assert calls == [["fp16", "w8a8"], ["fp16"], ["w8a8"]]
+    assert [row["outcome"] for row in rows] == ["oom", "oom"]
+
+
+def test_too_long_a_sequence_is_a_row_with_a_reason():
+    (row,) = _bench(_entries(["w4a8"])).run(Case(1, 500, 100))
+    assert row["outcome"] == "unsupported"
+    assert "tiny takes 512" in row["reason"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "w5a8"], "w5a8: not known; allowed: fp16, w8a8"),
+        (["--models", "llama9"], "its sizes are not built in"),
+        (["--batch-sizes", "1,2", "--repeats", "1,2,3"], "3 numbers for 2 batch sizes"),
+        (["--device", "cuda"], "no CUDA device is visible"),
+    ],
+)
+def test_wrong_options_are_refused_in_one_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main([*SMALL, *arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_without_vllm_there_is_one_clear_line(monkeypatch):
+    from odyssey.latency import vllm_engine
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UnsupportedError, match="vLLM is not installed"):
+        vllm_engine.require_vllm()
+
+
+def test_random_prompts_are_the_same_everywhere():
+    assert torch.equal(random_prompt(100, 2, 5, 3, CPU), random_prompt(100, 2, 5, 3, CPU))
+    assert not torch.equal(random_prompt(100, 2, 5, 3, CPU), random_prompt(100, 2, 5, 4, CPU))
+
+
+@pytest.mark.gpu
+def test_rows_of_a_gpu_have_memory_energy_and_clocks():
+    device = torch.device("cuda", 0)
+    config = dummy_config("llama2-7b", None)
+    config.num_hidden_layers = 4
+    from odyssey.latency.ceilings import measure_ceilings
+
+    entries = random_entries(config, list(METHODS), [], device, torch.float16)
+    bench = Bench(
+        "part", config, entries, device=device, dtype=torch.float16, monitor=GpuMonitor(device),
+        ceilings=measure_ceilings(device),
+    )  # fmt: skip
+    rows = bench.run(Case(2, 256, 16, 1, 3))
+    for row in rows:
+        assert row["outcome"] == "ok"
+        assert row["total_ms"] >= 0.9 * row["floor_ms"]
+        assert row["weight_bytes"] == pytest.approx(
+            sum(4 * FORMATS[row["method"]].weight_bytes(*size) for size in bench._shapes.linear_sizes().values())
+            + 2 * 2 * 32000 * 4096,
+            rel=0.02,
+        )
+        assert row["peak_memory_bytes"] >= row["weight_bytes"] + row["kv_bytes"]
+        assert row["peak_memory_bytes"] <= row["predicted_memory_bytes"]
+        assert row["gpu"]["sm_mhz"]["max"] > 0
+        assert row["energy_j_per_token"] >= 0
