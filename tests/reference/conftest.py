@@ -43,7 +43,7 @@ def reference_packages() -> None:
 
 @dataclass
 class Testbed:
-    """The small LLaMA, its calibration tokens (32 x 512, as in the table of all methods) and its test text."""
+    """The small LLaMA, calibration tokens (16 x 512) and its test text."""
 
     source: ModelSource
     tokens: CalibrationTokens
@@ -85,7 +85,7 @@ def testbed(evaluation_data: Path) -> Testbed:
     source = resolve_model("testbed-28m", path=str(evaluation_data / "models" / "testbed-28m"))
     texts = evaluation_data / "data" / "wikitext2"
     train = load_corpus("file", "train", path=str(texts / "wiki.train.shuffled_articles.tokens"))
-    tokens = sample_calibration(train, load_tokenizer(source), num_samples=32, seqlen=512, seed=0)
+    tokens = sample_calibration(train, load_tokenizer(source), num_samples=16, seqlen=512, seed=0)
     return Testbed(source, tokens, load_corpus("file", "test", path=str(texts / "wiki.test.tokens")))
 
 

@@ -15,10 +15,9 @@ from odyssey.quantization.scheme import QuantScheme
 pytestmark = pytest.mark.reference
 # Grouped-query attention: no v -> o.
 PRODUCERS = ["input_layernorm", "post_attention_layernorm", "mlp.up_proj"]
-BLOCKS = (0, 5)
 
 
-@pytest.fixture(scope="module", params=[(index, duo) for index in BLOCKS for duo in (False, True)], ids=str)
+@pytest.fixture(scope="module", params=[(0, False), (5, False), (5, True)], ids=str)
 def both(request, testbed):
     """One block by both: (case, our result, our scales by producer, their result, their quantizer)."""
     index, duo = request.param
@@ -94,7 +93,7 @@ def test_clips_are_autoawqs(name, testbed, report):
     """The clip search alone, on the very same weight and tokens."""
     block, calibration = testbed.block(2), testbed.calibration(2)
     weight = block.get_submodule(name).weight.detach()
-    sample = TokenSample(32 * 512, 512)
+    sample = TokenSample(16 * 512, 512)
     observe_inputs(block, {name: [sample]}, calibration.forward, calibration.inputs)
     x = sample.value
     assert x.shape[0] == 512

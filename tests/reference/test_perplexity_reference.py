@@ -63,11 +63,10 @@ def llm_compressor(testbed, recipe) -> float:
     return evaluate(testbed, model)
 
 
-@pytest.mark.parametrize("settings", [{}, {"act_order": True}], ids=str)
-def test_gptq_and_auto_gptq(settings, measured, report):
-    theirs = measured(GptqMethod(GptqSettings(backend="auto-gptq", **settings)))
-    ours = measured(GptqMethod(GptqSettings(full_range=True, **settings)))
-    compare(report, f"GPTQ W4A16-g128 (full_range), auto-gptq {settings or ''}", ours, theirs)
+def test_gptq_and_auto_gptq(measured, report):
+    theirs = measured(GptqMethod(GptqSettings(backend="auto-gptq")))
+    ours = measured(GptqMethod(GptqSettings(full_range=True)))
+    compare(report, "GPTQ W4A16-g128 (full_range), auto-gptq", ours, theirs)
 
 
 def test_gptq_and_llm_compressor(testbed, measured, report):
@@ -75,23 +74,16 @@ def test_gptq_and_llm_compressor(testbed, measured, report):
     from llmcompressor.modifiers.gptq import GPTQModifier
 
     scheme: QuantizationScheme = preset_name_to_scheme("W4A16", ["Linear"])
-    theirs = {}
-    for name in ("none", "weight"):
-        arguments = scheme.model_copy(deep=True)
-        arguments.weights.actorder = None if name == "none" else name
-        recipe = [GPTQModifier(config_groups={"group_0": arguments}, ignore=["lm_head"])]
-        theirs[name] = llm_compressor(testbed, recipe)
+    scheme.weights.actorder = "weight"
+    theirs = llm_compressor(testbed, [GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"])])
     ours = measured(GptqMethod(GptqSettings(act_order=True, full_range=True)))
-    compare(report, "GPTQ W4A16-g128, act-order with static groups, llm-compressor", ours, theirs["weight"])
-    plain = measured(GptqMethod(GptqSettings(full_range=True)))
-    compare(report, "GPTQ W4A16-g128 (llm-compressor: static groups), llm-compressor", plain, theirs["none"])
+    compare(report, "GPTQ W4A16-g128, act-order with static groups, llm-compressor", ours, theirs)
 
 
-@pytest.mark.parametrize("duo", [False, True])
-def test_awq_and_autoawq(duo, measured, report):
-    theirs = measured(AwqMethod(AwqSettings(backend="autoawq", duo_scaling=duo)))
-    ours = measured(AwqMethod(AwqSettings(duo_scaling=duo)))
-    compare(report, f"AWQ W4A16-g128, duo_scaling={str(duo).lower()}, autoawq", ours, theirs)
+def test_awq_and_autoawq(measured, report):
+    theirs = measured(AwqMethod(AwqSettings(backend="autoawq")))
+    ours = measured(AwqMethod(AwqSettings()))
+    compare(report, "AWQ W4A16-g128, autoawq", ours, theirs)
 
 
 def test_smoothquant_and_llm_compressor(testbed, measured, report):
