@@ -1,9 +1,9 @@
 """Perplexity by the protocols of the GPTQ and SmoothQuant papers.
 
 WikiText-2, a file, the embedded text: the corpus is joined and tokenized once (BOS only at the start), cut into
-floor(T / window) windows, the tail is dropped. C4: a random window of each of 256 random documents that are long enough,
-drawn from a validation shard as in GPTQ's reference code. In both cases the perplexity is exp of the mean over windows
-of the mean cross-entropy of their `window - 1` targets.
+floor(T / window) windows, the tail is dropped. C4: a random window of each of 256 random documents that are long
+enough, drawn from a validation shard as in GPTQ's reference code. In both cases the perplexity is exp of the mean over
+windows of the mean cross-entropy of their `window - 1` targets.
 """
 
 from __future__ import annotations

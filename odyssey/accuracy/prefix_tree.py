@@ -1,9 +1,9 @@
 """Scoring many continuations in few tokens: sequences that begin alike are computed once.
 
-The sequences of a task are sorted, neighbours that share a beginning are put into one row as the branches of a tree (the
-choices of a question after its context, the questions of a subject after its few-shot examples), and a mask lets every
-token attend to its own branch only. Positions count along the branch. Up to the rounding of attention's sums this is
-the computation of every sequence on its own.
+The sequences of a task are sorted, neighbours that share a beginning are put into one row as the branches of a tree
+(the choices of a question after its context, the questions of a subject after its few-shot examples), and a mask lets
+every token attend to its own branch only. Positions count along the branch. Up to the rounding of attention's sums this
+is the computation of every sequence on its own.
 """
 
 from __future__ import annotations

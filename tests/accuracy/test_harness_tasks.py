@@ -180,7 +180,7 @@ def test_a_saved_result_is_taken_only_for_the_same_measurement(evaluate, tmp_pat
     assert evaluate(["piqa"])[0]["piqa"]["resumed"]
     assert "resumed" not in evaluate(["piqa"], model_name="other")[0]["piqa"]
     assert "resumed" not in evaluate(["piqa"])[0]["piqa"]
-    assert "resumed" not in evaluate(["piqa"], batch_size=2)[0]["piqa"]
+    assert "resumed" not in evaluate(["piqa"], batch_tokens=100)[0]["piqa"]
     evaluate(["piqa"])
     items = tmp_path / "cell" / first["piqa"]["items_file"]
     whole = items.read_bytes()
@@ -230,6 +230,10 @@ def test_a_cell_with_missing_data_keeps_everything_else(no_hub, small_root, tmp_
         (["accuracy.limit=x"], "accuracy.limit=x: .*Integer"),
         (["accuracy.num_fewshot=-1"], "accuracy.num_fewshot=-1: must be at least 0"),
         (["accuracy.batch_size=0"], "accuracy.batch_size=0: must be at least 1"),
+        (["accuracy.batch_tokens=0"], "accuracy.batch_tokens=0: must be at least 1"),
+        (["accuracy.perplexity.also=[c5]"], "accuracy.perplexity.also=c5: allowed: wikitext2, c4, embedded"),
+        (["accuracy.perplexity.also=[c4,c4]"], "accuracy.perplexity.also: c4 is named twice"),
+        (["accuracy.perplexity.dataset=c4", "accuracy.perplexity.also=[c4]"], "also: c4 is named twice"),
         (["accuracy=lambda"], "accuracy=lambda: unknown; allowed: commonsense, lambada, mmlu, none, paper, perplexity"),
     ],
 )
@@ -244,6 +248,7 @@ def test_what_a_config_may_not_say(project_root, arguments, message):
     "arguments",
     [
         ["accuracy=paper", "accuracy.limit=10"],
+        ["accuracy.perplexity.dataset=c4", "accuracy.perplexity.path=shard.jsonl", "accuracy.perplexity.seed=1"],
         ["-m", "accuracy=lambada,commonsense,mmlu"],
         ["accuracy.tasks=[mmlu_astronomy,mmlu_stem,gsm8k]", "accuracy.num_fewshot=2"],
         ["accuracy=none", "accuracy.tasks=[hellaswag_preprocessed]"],
