@@ -53,17 +53,20 @@ def test_scales_are_autoawqs(both, report):
 def test_integers_are_autoawqs_but_for_float16(both, report):
     case, ours, _, theirs, _ = both
     for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
-        mine, other = ours.weights[name], theirs.weights[name]
-        step = (mine.values.int() - mine.zeros.int().repeat_interleave(128, dim=1)).abs()
-        step_other = (other.values.int() - other.zeros.int().repeat_interleave(128, dim=1)).abs()
+        mine, other = (
+            result.weights[name].values.int() - result.weights[name].zeros.int().repeat_interleave(128, dim=1)
+            for result in (ours, theirs)
+        )
         figures = {
-            "equal integers": float((mine.values == other.values).double().mean()),
-            "within one step": float(((step - step_other).abs() <= 1).double().mean()),
+            "equal": float((mine == other).double().mean()),
+            "within one step": float(((mine - other).abs() <= 1).double().mean()),
+            "equal zero points": float((ours.weights[name].zeros == theirs.weights[name].zeros).double().mean()),
         }
-        report.add("AWQ: integers against autoawq", f"{case}, {name}", **figures)
-        # Weights and scales are float16 there, and the norms' quotients are rounded before the weights here.
-        assert figures["equal integers"] > 0.9
-        assert figures["within one step"] > 0.98
+        report.add("AWQ: integers less zero points against autoawq", f"{case}, {name}", **figures)
+        # Weights and scales are float16 there, and the norms' quotients are rounded before the weights here. A group
+        # clipped to [-c, c] has its zero point at 7.5, a tie that float16 may decide the other way.
+        assert figures["equal"] > 0.95
+        assert figures["within one step"] > 0.999
 
 
 def test_the_block_is_as_good_as_autoawqs(both, testbed, report):
