@@ -11,18 +11,25 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from odyssey.config import RootConfig
+from odyssey.engine.formats import FORMATS, LinearFormat, format_of
 from odyssey.quantization.activations import MEMORY_SHARE
 from odyssey.quantization.scheme import PER_CHANNEL, QuantScheme
 
 # Python with torch and Transformers; with lm-eval and its data sets; with CUDA's libraries. Resident, measured.
-_PROCESS_BYTES, _TASKS_BYTES, _CUDA_HOST_BYTES = 550_000_000, 500_000_000, 2_500_000_000
+_PROCESS_BYTES, _TASKS_BYTES, _CUDA_HOST_BYTES = 450_000_000, 500_000_000, 1_200_000_000
+# A text that is tokenized in one piece, per byte (measured: 150 to 165), and one that is kept, joined and hashed.
+_TOKENIZING, _JOINING = 160, 3
+# Resident bytes for each byte of the activation stores; on a GPU every sample comes and goes through host memory.
+_STORE_ON_CPU, _STORE_ON_GPU = 1.2, 2.5
 # A CUDA context, and what the allocator leaves between blocks.
 _CUDA_CONTEXT_BYTES, _FRAGMENTATION = 600_000_000, 1.1
 # Tokens of a request of lm-eval's tasks, the few-shot examples included.
 _TASK_TOKENS, _FEWSHOT_TOKENS = 192, 768
 # fp32-equivalent operations per second that the stages reach, of one core and of a data-centre GPU.
 _CORE_FLOPS, _GPU_FLOPS = 4e10, 6e13
-_BYTES_PER_S = 2e8
+_BYTES_PER_S, _BYTES_PER_TOKEN = 2e8, 4
+# A step of LWC takes at least this long, however small the block.
+_STEP_SECONDS = 0.01
 _FLOAT = 4
 
 
@@ -91,6 +98,22 @@ class ModelSizes:
 
 
 @dataclass(frozen=True)
+class Texts:
+    """Bytes of the texts that a cell reads; in_one_piece: tokenized as a whole, not document by document."""
+
+    calibration: int = 0
+    evaluation: int = 0
+    calibration_in_one_piece: bool = True
+    evaluation_in_one_piece: bool = True
+
+    def calibration_memory(self) -> int:
+        return self.calibration * (_TOKENIZING if self.calibration_in_one_piece else _JOINING)
+
+    def evaluation_memory(self) -> int:
+        return self.evaluation * (_TOKENIZING if self.evaluation_in_one_piece else _JOINING)
+
+
+@dataclass(frozen=True)
 class Footprint:
     """Bytes and seconds. gpu_bytes: 0 on CPU. disk_bytes: what the cell writes, temporary files included."""
 
@@ -101,28 +124,68 @@ class Footprint:
 
 
 def footprint(
-    root: RootConfig, sizes: ModelSizes, scheme: QuantScheme, *, on_gpu: bool, cores: int, free_bytes: int
+    root: RootConfig,
+    sizes: ModelSizes,
+    scheme: QuantScheme,
+    *,
+    texts: Texts,
+    on_gpu: bool,
+    cores: int,
+    free_bytes: int,
 ) -> Footprint:
     """The footprint of one cell. free_bytes: of host memory; activations that would take too much of it go to disk."""
+    if root.latency.dummy_weights:
+        return _timing_footprint(root, sizes, scheme, on_gpu, cores)
     calibration = _Calibration.of(root, sizes)
     stores = 3 * calibration.tokens * sizes.hidden * _FLOAT
     spilled = stores > MEMORY_SHARE * free_bytes
     quantizes = scheme.weight_bits < 16
     working = _quantization_bytes(root, sizes, calibration, scheme) if quantizes else 0
     measuring = _measuring_bytes(root, sizes, scheme, on_gpu)
-    host = _PROCESS_BYTES + (_TASKS_BYTES if root.accuracy.tasks else 0)
     table = sizes.element_size * sizes.vocabulary * sizes.hidden
     kept = stores if quantizes and calibration.tokens and not spilled else 0
-    gpu = 0
+    host, gpu = _PROCESS_BYTES + (_TASKS_BYTES if root.accuracy.tasks else 0), 0
+    reading = texts.calibration_memory() if calibration.tokens else 0
     if on_gpu:
-        host += _CUDA_HOST_BYTES + max(kept, table) + 2 * sizes.element_size * sizes.block_weights
+        host += _CUDA_HOST_BYTES
+        host += max(reading, _STORE_ON_GPU * kept + table, texts.evaluation_memory())
+        host += 2 * sizes.element_size * sizes.block_weights
         gpu = int(_FRAGMENTATION * max(working, measuring)) + _CUDA_CONTEXT_BYTES
     else:
-        host += max(working + kept + table, measuring)
+        # A float32 copy is made from shards that are mapped into memory.
+        mapped = sizes.checkpoint_bytes if not quantizes else 0
+        host += max(reading, working + _STORE_ON_CPU * kept + table, texts.evaluation_memory() + measuring + mapped)
     disk = _checkpoint_bytes(sizes, scheme) if quantizes else 0
     disk += stores if quantizes and calibration.tokens and spilled else 0
-    seconds = _seconds(root, sizes, calibration, quantizes, on_gpu, cores)
+    seconds = _seconds(root, sizes, calibration, texts, quantizes, on_gpu, cores)
     return Footprint(gpu, int(host), int(disk), seconds)
+
+
+def _timing_footprint(
+    root: RootConfig, sizes: ModelSizes, scheme: QuantScheme, on_gpu: bool, cores: int
+) -> Footprint:
+    """Of a cell that times random weights: on a GPU the largest format decides, as those that do not fit together take
+    turns alone; on CPU all are held together."""
+    names = [name for name in root.latency.against if name in FORMATS]
+    needs = [_engine_bytes(root, sizes, form, on_gpu) for form in (format_of(scheme), *map(FORMATS.get, names))]
+    host, gpu = _PROCESS_BYTES, 0
+    if on_gpu:
+        host, gpu = host + _CUDA_HOST_BYTES, max(needs) + _CUDA_CONTEXT_BYTES
+    else:
+        host += sum(needs)
+    return Footprint(gpu, int(host), 0, len(needs) * _latency_seconds(root, sizes, on_gpu, cores))
+
+
+def _engine_bytes(root: RootConfig, sizes: ModelSizes, form: LinearFormat, on_gpu: bool) -> int:
+    """Weights, KV cache and the activations of the prefill."""
+    element, latency = 2 if on_gpu else _FLOAT, root.latency
+    tokens = latency.batch_size * latency.input_len
+    weights = sizes.layers * sum(form.weight_bytes(*shape, element) for shape in sizes.linear_shapes)
+    cache = 2 * sizes.layers * sizes.kv_heads * sizes.head_dim * element
+    widest = 3 * sizes.hidden + 4 * sizes.intermediate
+    logits = latency.batch_size * sizes.vocabulary * (element + _FLOAT)
+    cached = cache * latency.batch_size * (latency.input_len + latency.output_len)
+    return int(weights + element * sizes.other_weights + cached + tokens * widest * element + logits)
 
 
 @dataclass(frozen=True)
@@ -167,7 +230,7 @@ def _quantization_bytes(root: RootConfig, sizes: ModelSizes, calibration: _Calib
     installed = block + sizes.block_weights
     own = 3 * layer
     if method.name == "gptq":
-        own = 4 * hessian + 3 * layer
+        own = 8 * hessian + 3 * layer
     elif method.name == "awq":
         searched = min(method.search_tokens, calibration.tokens)
         own = _FLOAT * searched * (sizes.hidden + sizes.intermediate) + 6 * min(layer, _FLOAT * 2**24)
@@ -182,12 +245,12 @@ def _odyssey_bytes(method, sizes: ModelSizes, tokens: int, block: int, layer: in
     parts = [3 * layer]
     if method.clipping == "learned":
         # Training keeps, for backward, several versions of every weight and the activations of one sample.
-        saved = _FLOAT * tokens * (24 * sizes.hidden + 10 * sizes.intermediate)
+        saved = _FLOAT * tokens * (40 * sizes.hidden + 20 * sizes.intermediate)
         parts.append(6 * block + saved)
     if method.clipping == "search" or (method.clipping == "learned" and method.lwc.initialization == "search"):
         parts.append(2 * (hessian + 3 * _FLOAT * sizes.hidden**2) + 4 * layer)
     if method.compensation == "gptq":
-        parts.append(4 * hessian + 3 * layer + block)
+        parts.append(8 * hessian + 3 * layer + block)
     return max(parts)
 
 
@@ -206,8 +269,11 @@ def _measuring_bytes(root: RootConfig, sizes: ModelSizes, scheme: QuantScheme, o
         window = min(group.perplexity.window, sizes.positions)
         measured.append(_forward_bytes(sizes, 1, window, element, logits=3))
     if group.tasks:
-        tokens = min(sizes.positions, _TASK_TOKENS + (_FEWSHOT_TOKENS if _is_fewshot(root) else 0))
-        measured.append(_forward_bytes(sizes, group.batch_size, tokens, element, logits=3))
+        measured.append(_forward_bytes(sizes, 1, group.batch_tokens, element, logits=2))
+    if root.latency.engine == "odyssey":
+        # The engine loads the checkpoint itself when the measured model is gone.
+        own = _engine_bytes(root, sizes, format_of(scheme), on_gpu)
+        return max(own, model + max(measured))
     if root.latency.engine != "none":
         latency = root.latency
         length = latency.input_len + latency.output_len
@@ -237,16 +303,23 @@ def _is_fewshot(root: RootConfig) -> bool:
 
 
 def _seconds(
-    root: RootConfig, sizes: ModelSizes, calibration: _Calibration, quantizes: bool, on_gpu: bool, cores: int
+    root: RootConfig,
+    sizes: ModelSizes,
+    calibration: _Calibration,
+    texts: Texts,
+    quantizes: bool,
+    on_gpu: bool,
+    cores: int,
 ) -> float:
     rate = _GPU_FLOPS if on_gpu else _CORE_FLOPS * cores
     per_token = 2 * sizes.linear_weights
-    operations = 0.0
+    operations = waiting = 0.0
     if quantizes:
         passes = 4.0
         method = root.method
         if method.name == "odyssey" and method.clipping == "learned":
             passes += 4 * method.lwc.epochs
+            waiting = _STEP_SECONDS * method.lwc.epochs * calibration.samples * sizes.layers
         if method.name == "awq":
             passes += 25
         operations += passes * per_token * calibration.tokens
@@ -255,18 +328,23 @@ def _seconds(
     group = root.accuracy
     head = 2 * sizes.vocabulary * sizes.hidden
     if group.perplexity is not None:
-        tokens = group.perplexity.window * (group.perplexity.max_windows or 350_000 // group.perplexity.window + 1)
+        window = min(group.perplexity.window, sizes.positions)
+        tokens = window * (group.perplexity.max_windows or max(1, texts.evaluation // (_BYTES_PER_TOKEN * window)))
         operations += tokens * (per_token + head)
     for task in group.tasks:
         items = group.limit or (15_000 if task == "mmlu" else 3_000)
         tokens = 4 * items * (_TASK_TOKENS + (_FEWSHOT_TOKENS if _is_fewshot(root) else 0))
         operations += tokens * (per_token + head)
-    seconds = 20 + operations / rate + 3 * sizes.checkpoint_bytes / _BYTES_PER_S
+    seconds = 20 + max(waiting, operations / rate) + 3 * sizes.checkpoint_bytes / _BYTES_PER_S
     if root.latency.engine != "none":
-        latency = root.latency
-        runs = 2 * (latency.warmup + latency.repeats)
-        bandwidth = 1e12 if on_gpu else 1e10
-        step = max(sizes.checkpoint_bytes / bandwidth, 0.03 if on_gpu else 0.01)
-        prefill = latency.batch_size * latency.input_len * per_token / rate
-        seconds += runs * (prefill + latency.output_len * step)
+        seconds += (1 + max(1, len(root.latency.against))) * _latency_seconds(root, sizes, on_gpu, cores)
     return seconds
+
+
+def _latency_seconds(root: RootConfig, sizes: ModelSizes, on_gpu: bool, cores: int) -> float:
+    """Of one candidate: its preparation, and every run's prefill and steps at the memory's speed."""
+    latency = root.latency
+    rate = _GPU_FLOPS if on_gpu else _CORE_FLOPS * cores
+    step = max(sizes.checkpoint_bytes / (1e12 if on_gpu else 1e10), 0.03 if on_gpu else 0.01)
+    prefill = 2 * latency.batch_size * latency.input_len * sizes.linear_weights / rate
+    return 30 + (latency.warmup + latency.repeats) * (prefill + latency.output_len * step)

@@ -144,7 +144,7 @@ def _run_child(config: DictConfig, directory: Path, digest: str, extra: dict[str
             outcome, reason = of_exit(code, oom_killed=oom_kills() > kills_before)
         return record_end(config, directory, digest, outcome, reason, started)
     if record["outcome"] != OK:
-        record["log_tail"] = _log_tail(directory)
+        record["log_tail"] = _log_tail(directory / LOG_NAME)
         write_json(record_path, record)
     return record
 
@@ -157,8 +157,10 @@ def record_end(
     reason: str,
     started: datetime.datetime | None = None,
     host: str | None = None,
+    other_log: Path | None = None,
 ) -> dict:
-    """Write and return the record of a cell whose process could not write one."""
+    """Write and return the record of a cell whose process could not write one. other_log: whose last lines are taken
+    where the cell's own log has none."""
     now = _now()
     record = {
         "version": RECORD_VERSION,
@@ -170,7 +172,7 @@ def record_end(
         "config": OmegaConf.to_container(config, resolve=True),
         "environment": {"host": host or socket.gethostname()},
         "timings": {"total_s": (now - started).total_seconds()} if started else {},
-        "log_tail": _log_tail(directory),
+        "log_tail": _log_tail(directory / LOG_NAME) or (_log_tail(other_log) if other_log else []),
     }
     write_json(directory / RECORD_NAME, record)
     return record
@@ -187,9 +189,9 @@ def read_running(directory: Path) -> dict | None:
     return running
 
 
-def _log_tail(directory: Path) -> list[str]:
+def _log_tail(log: Path) -> list[str]:
     try:
-        return (directory / LOG_NAME).read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:]
+        return log.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:]
     except OSError:
         return []
 

@@ -114,10 +114,9 @@ def launch(jobs: list[SweepJob], sweep_dir: Path, settings: dict) -> None:
         root = validate(job.config)
         arrays[request_for(predict(root), root.device, parsed)].append(job)
     waiting: dict[str, SweepJob] = {}
-    for request, cells in arrays.items():
-        for job, job_id in zip(cells, submit(cells, request, parsed, sweep_dir), strict=True):
-            waiting[job_id] = job
     try:
+        for request, cells in arrays.items():
+            submit(cells, request, parsed, sweep_dir, waiting)
         _wait(waiting, sweep_dir, parsed.poll_s)
     except KeyboardInterrupt:
         left = sorted({job_id.partition("_")[0] for job_id in waiting})
@@ -128,8 +127,10 @@ def launch(jobs: list[SweepJob], sweep_dir: Path, settings: dict) -> None:
         raise
 
 
-def submit(cells: list[SweepJob], request: Request, settings: SlurmSettings, sweep_dir: Path) -> list[str]:
-    """Submit one array; returns the cells' job ids."""
+def submit(
+    cells: list[SweepJob], request: Request, settings: SlurmSettings, sweep_dir: Path, waiting: dict[str, SweepJob]
+) -> None:
+    """Submit one array; its cells are put into `waiting` by their job ids."""
     import submitit
 
     environment_path = os.environ.get("PYTHONPATH", "")
@@ -155,14 +156,14 @@ def submit(cells: list[SweepJob], request: Request, settings: SlurmSettings, swe
     }
     executor.update_parameters(**{name: value for name, value in options.items() if value is not None})
     submitted = executor.map_array(CellJob(), [str(sweep_dir)] * len(cells), [job.number for job in cells])
-    ids = [job.job_id for job in submitted]
+    waiting.update(zip((job.job_id for job in submitted), cells, strict=True))
+    first = submitted[0].job_id.partition("_")[0]
     partition = f" in partition {request.partition}" if request.partition else ""
     print(
-        f"Slurm job {ids[0].partition('_')[0]}: {len(ids)} cells{partition}, each {settings.cpus} cores, "
+        f"Slurm job {first}: {len(cells)} cells{partition}, each {settings.cpus} cores, "
         f"{request.gpus} GPUs, {request.memory_gb} GiB, {request.minutes} min; logs in {sweep_dir / FOLDER}",
         flush=True,
     )
-    return ids
 
 
 def _wait(waiting: dict[str, SweepJob], sweep_dir: Path, poll_s: float) -> None:
@@ -206,6 +207,7 @@ def _record_lost(job: SweepJob, job_id: str, state: JobState | None, sweep_dir: 
     record = read_record(directory / RECORD_NAME)
     if record is None or record["outcome"] == INTERRUPTED:
         # Its last word, on being told to stop, was not why.
-        record = record_end(config, directory, digest, outcome, reason, host=running and running["host"])
+        host = running["host"] if running else state.node if state else None
+        record = record_end(config, directory, digest, outcome, reason, host=host, other_log=log)
     print(f"  cell {job.number} (job {job_id}): {record['outcome']}: {record['reason']}", file=sys.stderr, flush=True)
     finish_job(config, CellResult(record, directory / RECORD_NAME, reused=False), sweep_dir, job.number)

@@ -13,7 +13,9 @@ ENDED = frozenset(
     {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "PREEMPTED"}
 )
 _MEMORY = re.compile(r"exceeded (job |step )?memory limit|oom[-_ ]kill|out of memory", re.IGNORECASE)
-_TIME = re.compile(r"DUE TO TIME LIMIT", re.IGNORECASE)
+_TIME = re.compile(r"due to time limit|timed-out too many times", re.IGNORECASE)
+# 128 + SIGUSR2, which announces the end, from before submitit had its handler for it.
+_TOLD_TOO_EARLY = "140:0"
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ def outcome_of(state: JobState | None, job_id: str, log: Path) -> tuple[str, str
     name = state.name if state else None
     if name == "OUT_OF_MEMORY" or (state is not None and state.reason == "OutOfMemory") or _MEMORY.search(tail):
         return OOM, f"Slurm killed job {job_id} for more host memory than it asked for; raise memory_gb; {RESUME}"
-    if name in ("TIMEOUT", "DEADLINE") or _TIME.search(tail):
+    told = state is not None and state.exit_code == _TOLD_TOO_EARLY
+    if name in ("TIMEOUT", "DEADLINE") or told or _TIME.search(tail):
         return TIMEOUT, f"job {job_id} reached its time limit; {RESUME}, or raise time_min"
     if name in ("CANCELLED", "PREEMPTED"):
         return INTERRUPTED, f"job {job_id} was {name.lower()}; {RESUME}"
