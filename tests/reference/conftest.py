@@ -109,37 +109,48 @@ def report() -> Report:
 
 
 def pytest_terminal_summary(terminalreporter, exitstatus, config) -> None:
-    if not _REPORT.rows:
+    """Write the report. What other tests left in an earlier one is kept: a part can be run again by itself."""
+    outcomes = {
+        result.nodeid: outcome
+        for outcome in ("passed", "failed", "error")
+        for result in terminalreporter.stats.get(outcome, ())
+        if "tests/reference/" in result.nodeid
+    }
+    if not outcomes:
         return
-    outcomes = {name: len(terminalreporter.stats.get(name, ())) for name in ("passed", "failed", "skipped", "error")}
+    directory = Path(os.environ.get("ODYSSEY_REFERENCE_REPORT", REPORT_DIRECTORY))
+    directory.mkdir(parents=True, exist_ok=True)
+    file, commit = directory / "report.json", git_commit()
+    earlier = json.loads(file.read_text()) if file.is_file() else {"tests": {}, "rows": []}
+    rows = {(row["comparison"], row["case"]): row for row in earlier["rows"]}
+    rows |= {(row["comparison"], row["case"]): {**row, "commit": commit} for row in _REPORT.rows}
     content = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": git_commit(),
         "python": platform.python_version(),
         "cpu_threads": torch.get_num_threads(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "tests": outcomes,
-        "rows": _REPORT.rows,
+        "tests": dict(sorted({**earlier["tests"], **outcomes}.items())),
+        "rows": sorted(rows.values(), key=lambda row: row["comparison"]),
     }
-    directory = Path(os.environ.get("ODYSSEY_REFERENCE_REPORT", REPORT_DIRECTORY))
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "report.json").write_text(json.dumps(content, indent=1) + "\n")
+    file.write_text(json.dumps(content, indent=1) + "\n")
     (directory / "report.md").write_text(_markdown(content))
     terminalreporter.write_line(f"report: {directory / 'report.md'}")
 
 
 def _markdown(content: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
-    counts = ", ".join(f"{count} {name}" for name, count in content["tests"].items() if count)
+    outcomes = list(content["tests"].values())
+    counts = ", ".join(f"{outcomes.count(name)} {name}" for name in ("passed", "failed", "error") if name in outcomes)
+    commits = ", ".join(sorted({str(row["commit"]) for row in content["rows"]}))
     lines = [
         "# The baselines against the reference libraries", "",
-        f"Written by `make reference` on {content['date'][:10]} at commit {content['commit']}: {counts}. "
+        f"Written by `make reference` on {content['date'][:10]} at commit {commits}: {counts}. "
         f"Python {content['python']}, {versions}. What is compared, and why it differs where it does, is in "
         "docs/baselines.md.",
     ]  # fmt: skip
     for comparison in dict.fromkeys(row["comparison"] for row in content["rows"]):
         rows = [row for row in content["rows"] if row["comparison"] == comparison]
-        keys = [key for key in rows[0] if key not in ("comparison", "case")]
+        keys = [key for key in rows[0] if key not in ("comparison", "case", "commit")]
         lines += ["", f"## {comparison}", "", "| case | " + " | ".join(key.replace("_", " ") for key in keys) + " |"]
         lines.append("|---|" + "---:|" * len(keys))
         for row in rows:
