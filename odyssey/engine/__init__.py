@@ -7,6 +7,7 @@
     weights.py   a decoder's weights: from a checkpoint, a quantized checkpoint, or random
     decoder.py   prefill of a chunk and one decoding step over a static KV cache
     sampling.py  greedy and sampled choice of the next token
+    greedy.py    the end of a greedy step in one kernel
     engine.py    prompts in, tokens out; CUDA graphs
     memory.py    how much memory a run will take, before anything is allocated
 """

@@ -8,6 +8,7 @@ import torch
 
 from odyssey.engine.cache import KeyValueCache
 from odyssey.engine.decoder import Chunk, Decoder, Segment
+from odyssey.engine.greedy import finish_step
 from odyssey.engine.sampling import GREEDY, Sampling, choose
 from odyssey.engine.weights import DecoderWeights
 
@@ -166,9 +167,13 @@ class Engine:
         return self._tokens[:count]
 
     def _step(self, count: int, sampling: Sampling) -> None:
-        tokens = self._tokens[:count]
-        choose(self._decoder.decode(tokens), sampling, tokens, self._generator)
-        self.cache.lengths[:count] += 1
+        tokens, lengths = self._tokens[:count], self.cache.lengths[:count]
+        logits = self._decoder.decode(tokens)
+        if sampling.greedy:
+            finish_step(logits, tokens, lengths)
+        else:
+            choose(logits, sampling, tokens, self._generator)
+            lengths += 1
 
     def _capture_step(self, count: int, sampling: Sampling) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()

@@ -74,7 +74,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
         return F.linear(x, weight, bias)
     n, k = weight.shape
     y = x.new_empty(1, n)
-    overlap = _overlaps(x.device)
+    overlap = overlaps(x.device)
     _gemv_kernel[(triton.cdiv(n, _BLOCK_ROWS),)](
         x, weight, weight if bias is None else bias, y, n, k,
         has_bias=bias is not None, even_k=k % _BLOCK_COLUMNS == 0, overlap=overlap,
@@ -94,5 +94,6 @@ def _takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 @functools.cache
-def _overlaps(device: torch.device) -> bool:
+def overlaps(device: torch.device) -> bool:
+    """Whether the GPU starts a kernel while the one before it still runs, where both ask for it."""
     return torch.cuda.get_device_capability(device) >= (9, 0)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from odyssey.engine.greedy import finish_step
 from odyssey.engine.sampling import GREEDY, Sampling, choose, filtered_probabilities
 
 
@@ -42,6 +43,18 @@ def test_greedy_takes_the_maximum():
     out = torch.empty(4, dtype=torch.int64)
     choose(_logits(), GREEDY, out)
     assert torch.equal(out, _logits().argmax(-1))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("vocabulary", [5, 1024, 8192, 32000, 128256])
+def test_the_end_of_a_greedy_step(vocabulary, device):
+    logits = torch.randn(3, vocabulary, generator=torch.Generator().manual_seed(4)).half().to(device)
+    logits[1, vocabulary // 2 :] = logits[1].max()
+    tokens = torch.zeros(3, dtype=torch.int64, device=device)
+    lengths = torch.tensor([0, 7, 1000], dtype=torch.int32, device=device)
+    finish_step(logits, tokens, lengths)
+    assert torch.equal(tokens.cpu(), logits.float().cpu().argmax(-1))
+    assert lengths.tolist() == [1, 8, 1001]
 
 
 @pytest.mark.parametrize("values", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}])
