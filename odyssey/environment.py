@@ -43,14 +43,19 @@ def describe() -> dict:
 
 
 def git_commit() -> str | None:
-    """Commit of the source tree, with "-dirty" when tracked files differ; None outside a repository."""
+    """Commit of the source tree, with "-dirty" when tracked files differ; None outside a repository.
+
+    $GIT_COMMIT comes first: a tree that was copied to another machine has no repository, or one that says something
+    else.
+    """
+    if named := os.environ.get("GIT_COMMIT"):
+        return named
     root = Path(__file__).resolve().parent.parent
     try:
         commit = _git(root, "rev-parse", "HEAD")
         return commit + ("-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
-        # A copied tree carries its commit in this variable.
-        return os.environ.get("GIT_COMMIT")
+        return None
 
 
 def peak_rss_bytes() -> int:
