@@ -19,7 +19,7 @@ except ImportError:  # CPU builds of PyTorch come without it
     triton = None
 
 # Rows and columns of a program's block, and its warps: the fastest of the sizes tried on an H100 (docs/engine.md).
-_BLOCK_ROWS, _BLOCK_COLUMNS, _WARPS = 4, 1024, 4
+_BLOCK_ROWS, _BLOCK_COLUMNS, _WARPS = 2, 2048, 4
 
 if triton is not None:
 
