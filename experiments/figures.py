@@ -98,10 +98,10 @@ def draw_gemm(document: dict, path: Path) -> list[Path]:
 
 
 def draw_figure6(path: Path, measured: Sequence[Measurement] = ()) -> list[Path]:
-    """Speed-up of W4A8 over FP16 in the same engine, by model; measured where there are records, best per model."""
+    """Speed-up of W4A8 over FP16 in the same engine, by model; of a model that ran on several GPUs the last one."""
     devices = {each.model: each.device for each in measured}
     measured = {each.model: each.value for each in measured}
-    label = f"measured, {' and '.join(sorted(set(devices.values())))}" if devices else "measured"
+    label = f"measured, {' and '.join(sorted(set(map(_short_device, devices.values()))))}" if devices else "measured"
     plt = _pyplot()
     reported = {model: figure.value for (model,), figure in paper.reported(paper.ENGINE_SPEEDUP).items()}
     models = [*reported, *(model for model in measured if model not in reported)]
@@ -122,10 +122,15 @@ def draw_figure6(path: Path, measured: Sequence[Measurement] = ()) -> list[Path]
         axis.axhline(1, color=method_colour("fp16"), linewidth=0.8)
         axis.set_xticks(range(len(models)), [model_name(model) for model in models])
         axis.set_ylabel("speed-up over FP16")
-        axis.set_ylim(0, 1.3 * max([*reported.values(), *measured.values()]))
-        axis.legend(loc="upper left", ncols=2)
+        axis.set_ylim(0, 1.4 * max([*reported.values(), *measured.values()]))
+        axis.legend(loc="upper left")
         figure.tight_layout()
         return _save(figure, path)
+
+
+def _short_device(name: str) -> str:
+    """The model of a GPU without its maker, memory and dtype, as there is room for in a legend."""
+    return " ".join(name.partition(",")[0].removeprefix("NVIDIA ").split()[:2])
 
 
 def draw_end_to_end(path: Path, rows: Sequence[Timed]) -> list[Path]:
@@ -144,8 +149,9 @@ def draw_end_to_end(path: Path, rows: Sequence[Timed]) -> list[Path]:
         for row_of_axes, line in zip(axes, lines, strict=False):
             for axis, batch in zip(row_of_axes, batches[line], strict=False):
                 found = [timed for timed in shown if _line(timed) == line and timed.row["batch_size"] == batch]
-                _stack(axis, found, f"{model_name(line[0])}, batch {batch}\n{line[1]}")
+                _stack(axis, found, f"{model_name(line[0])}, batch {batch}\n{_short_device(line[1])}")
             row_of_axes[0].set_ylabel("ms, 1024 in + 128 out")
+        figure.supxlabel("dark: prefill, light: decoding", fontsize=7)
         if not lines:
             axes[0][0].set_visible(True)
             axes[0][0].set_title("measured: not run")
