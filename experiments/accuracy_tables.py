@@ -1,20 +1,23 @@
-"""The paper's accuracy tables: perplexity (2), LAMBADA (2), common-sense tasks (3) and the recipe's ablation (6)."""
+"""The paper's accuracy tables: perplexity (2), LAMBADA (2), common-sense tasks (3) and the recipe's ablation (6); and
+every lm-eval task that was measured."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 from experiments import paper
-from experiments.comparison import comparison_table
+from experiments.comparison import comparison_table, paired_columns, paired_values
 from experiments.measured import (
     Measurement,
     Protocol,
-    asked_dataset,
+    asked_datasets,
     single_protocol,
     task_accuracies,
     task_averages,
     with_differences,
 )
+from experiments.paired import NOTE, accuracy_pair, average_pair, percentage_pair, perplexity_pair, with_reference
 from experiments.style import method_name, method_rank
 from experiments.table import Column, Table
 
@@ -48,29 +51,50 @@ def model_rank(model: str) -> tuple:
 
 
 def table2_perplexity(measurements: Sequence[Measurement]) -> Table:
-    """Perplexity of every method with its full recipe; cells of the recipe's ablation are in table 6.
+    """Perplexity of every method with its full recipe; cells of the recipe's ablation are in table 6, C4 beside another
+    data set is in table2_c4.
 
     Raises MixedProtocolsError.
     """
+    return _perplexity_table("table2_perplexity", _without_c4(measurements))
+
+
+def table2_c4(measurements: Sequence[Measurement]) -> Table:
+    """Perplexity on C4 alone, of the same cells. Raises MixedProtocolsError."""
+    on_c4 = [
+        each
+        for each in measurements
+        if (each.protocol.dataset == "c4" if each.protocol else "c4" in asked_datasets(each.config))
+    ]
+    return _perplexity_table("table2_c4", on_c4, dataset="c4")
+
+
+def _perplexity_table(name: str, measurements: Sequence[Measurement], dataset: str | None = None) -> Table:
     full = [each for each in measurements if each.method != "odyssey" or each.recipe == _FULL_RECIPE]
     protocol, shown = _one_protocol(full)
+    shown = with_reference(shown, perplexity_pair)
+    papers = dataset is None and _is_papers(protocol)
+    title = {"c4": "C4"}.get(dataset) or _dataset_name(protocol)
     return comparison_table(
-        "table2_perplexity",
-        f"Perplexity on {_dataset_name(protocol)} (the paper's table 2)",
+        name,
+        f"Perplexity on {title} (the paper's table 2)",
         (_MODEL, _METHOD, _FORMAT),
-        _paper_perplexity(protocol),
+        _with_format(paper.WIKITEXT2) if papers else {},
         with_differences(shown, lambda each: (each.model, each.method, each.format)),
         labels=lambda cell: (model_name(cell[0]), method_name(cell[1]), cell[2]),
         rank=lambda cell: (*model_rank(cell[0]), method_rank(cell[1]), cell[2]),
         number="{:.3f}",
         signed="{:+.3f}",
-        notes=_protocol_notes(protocol),
+        notes=(*_protocol_lines(protocol), *([_PAPER_PROTOCOL] if papers else ()), *_pair_note(shown)),
     )
 
 
 def table6_ablation(measurements: Sequence[Measurement]) -> Table:
     """Perplexity of the recipe's steps. Raises MixedProtocolsError."""
-    protocol, shown = _one_protocol([each for each in measurements if each.recipe is not None])
+    protocol, shown = _one_protocol(_without_c4([each for each in measurements if each.recipe is not None]))
+    # FP16 has no row of its own here, but it is what every recipe is compared with.
+    references = [each for each in measurements if each.method == "fp16" and each.protocol == protocol]
+    shown = [each for each in with_reference([*references, *shown], perplexity_pair) if each.recipe is not None]
     reported = {}
     if _is_papers(protocol):
         for (model, recipe), figure in paper.reported(paper.ABLATION).items():
@@ -85,13 +109,13 @@ def table6_ablation(measurements: Sequence[Measurement]) -> Table:
         rank=lambda cell: (*model_rank(cell[0]), cell[1], _RECIPE_ORDER.index(cell[2])),
         number="{:.3f}",
         signed="{:+.3f}",
-        notes=_protocol_notes(protocol),
+        notes=(*_protocol_notes(protocol), *_pair_note(shown)),
     )
 
 
 def table2_lambada(records: Sequence[dict] = ()) -> Table:
     """LAMBADA accuracy in percent. Raises MixedProtocolsError."""
-    measurements = task_accuracies(records, "lambada_openai", scale=100)
+    measurements = with_reference(task_accuracies(records, "lambada_openai", scale=100), percentage_pair)
     protocol = single_protocol(measurements)
     reported = _with_format(paper.LAMBADA)
     return comparison_table(
@@ -102,7 +126,7 @@ def table2_lambada(records: Sequence[dict] = ()) -> Table:
         with_differences(measurements, lambda each: (each.model, each.method, each.format)),
         labels=lambda cell: (model_name(cell[0]), method_name(cell[1]), cell[2]),
         rank=lambda cell: (*model_rank(cell[0]), method_rank(cell[1]), cell[2]),
-        notes=(f"Protocol: {protocol}.",) if protocol else (),
+        notes=(*_protocol_lines(protocol), *_pair_note(measurements)),
     )
 
 
@@ -113,7 +137,9 @@ def table3_commonsense(records: Sequence[dict] = ()) -> Table:
     by_task["average"] = task_averages(records, averaged)
     order = list(by_task)
     measured, notes = {}, []
-    for task, found in by_task.items():
+    for task, single in by_task.items():
+        found = with_reference(single, average_pair if task == "average" else accuracy_pair)
+        notes += [note for note in _pair_note(found) if note not in notes]
         protocol = single_protocol(found)
         notes += [f"Protocol of {task}: {protocol}."] if protocol else []
         cells = with_differences(found, lambda each: (each.model, each.method, each.format))
@@ -132,13 +158,63 @@ def table3_commonsense(records: Sequence[dict] = ()) -> Table:
     )
 
 
+def accuracy_tasks(records: Sequence[dict] = ()) -> Table:
+    """Every lm-eval task that was measured, MMLU and tasks beyond the paper's included; one group of rows per protocol,
+    so that nothing of different prompts is compared."""
+    names = sorted({task for record in records for task in record.get("accuracy", {}).get("tasks", {})})
+    columns = (
+        _MODEL, Column("task", "task"), _METHOD, _FORMAT, Column("items", "items", "{:d}"), Column("metric", "metric"),
+        Column("measured", "measured", "{:.4f}"), Column("stderr", "stderr", "{:.4f}"), *paired_columns("{:+.4f}"),
+        Column("device", "device"), Column("commit", "commit"), Column("note", "note"),
+    )  # fmt: skip
+    rows, found = [], []
+    for task in names:
+        by_protocol = defaultdict(list)
+        for each in task_accuracies(records, task, limited=True):
+            if each.result is not None:
+                by_protocol[each.protocol].append(each)
+        for group in by_protocol.values():
+            found += [(task, each) for each in with_reference(group, accuracy_pair)]
+
+    def rank(pair: tuple[str, Measurement]) -> tuple:
+        task, each = pair
+        place = model_rank(each.model), task, each.device, str(each.protocol)
+        return (*place, method_rank(each.method), each.format)
+
+    for task, each in sorted(found, key=rank):
+        result = each.result
+        limited = f"limit {result['limit']}" if result.get("limit") else None
+        rows.append((
+            model_name(each.model), task, method_name(each.method), each.format, result["items"], result["metric"],
+            each.outcome if each.value is None else each.value, result.get("stderr"),
+            *paired_values(each.paired, "{:+.4f}"), each.device, each.commit,
+            ", ".join(filter(None, (limited, each.note))) or None,
+        ))  # fmt: skip
+    notes = _pair_note([each for _, each in found])
+    return Table("accuracy_tasks", "Accuracy of every lm-eval task", columns, tuple(rows), notes)
+
+
 def _one_protocol(measurements: list[Measurement]) -> tuple[Protocol | None, list[Measurement]]:
     """The protocol, and what belongs into its column: its values and the cells that failed while asked for its data."""
     protocol = single_protocol(measurements)
     dataset = protocol.dataset if protocol else None
     return protocol, [
-        each for each in measurements if each.value is not None or dataset in (None, asked_dataset(each.config))
+        each for each in measurements if each.value is not None or dataset in (None, *asked_datasets(each.config))
     ]
+
+
+def _without_c4(measurements: Sequence[Measurement]) -> list[Measurement]:
+    """All but C4 where another data set was measured, too."""
+    others = [each for each in measurements if each.protocol is not None and each.protocol.dataset != "c4"]
+    return [each for each in measurements if each.protocol is None or each in others] if others else list(measurements)
+
+
+def _protocol_lines(protocol: Protocol | None) -> tuple[str, ...]:
+    return (f"Protocol: {protocol}.",) if protocol else ()
+
+
+def _pair_note(measurements: Sequence[Measurement]) -> tuple[str, ...]:
+    return (NOTE,) if any(each.paired is not None for each in measurements) else ()
 
 
 def _is_papers(protocol: Protocol | None) -> bool:
@@ -153,12 +229,6 @@ def _dataset_name(protocol: Protocol | None) -> str:
     )
 
 
-def _paper_perplexity(protocol: Protocol | None) -> dict[tuple, float]:
-    if not _is_papers(protocol):
-        return {}
-    return _with_format(paper.WIKITEXT2)
-
-
 def _with_format(quantity: str) -> dict[tuple, float]:
     """The paper's figures by (model, method, format, ...)."""
     return {
@@ -168,5 +238,4 @@ def _with_format(quantity: str) -> dict[tuple, float]:
 
 
 def _protocol_notes(protocol: Protocol | None) -> tuple[str, ...]:
-    notes = (f"Protocol: {protocol}.",) if protocol else ()
-    return (*notes, _PAPER_PROTOCOL) if _is_papers(protocol) else notes
+    return (*_protocol_lines(protocol), *([_PAPER_PROTOCOL] if _is_papers(protocol) else ()))

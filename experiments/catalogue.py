@@ -9,7 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.accuracy_tables import table2_lambada, table2_perplexity, table3_commonsense, table6_ablation
+from experiments.accuracy_tables import (
+    accuracy_tasks,
+    table2_c4,
+    table2_lambada,
+    table2_perplexity,
+    table3_commonsense,
+    table6_ablation,
+)
 from experiments.end_to_end import Timed, end_to_end_table, latencies, speedups, timed_rows
 from experiments.figures import draw_end_to_end, draw_figure6, draw_figure7
 from experiments.gemm import figure7_table
@@ -66,6 +73,10 @@ CATALOGUE: dict[str, Entry] = {
         "perplexity by method and model",
         lambda sources, selection: table2_perplexity(selection.perplexities(sources)),
     ),
+    "table2_c4": Entry(
+        "perplexity on C4 by method and model",
+        lambda sources, selection: table2_c4(selection.perplexities(sources)),
+    ),
     "table2_lambada": Entry(
         "LAMBADA accuracy by method and model",
         lambda sources, selection: table2_lambada(selection.records(sources)),
@@ -73,6 +84,10 @@ CATALOGUE: dict[str, Entry] = {
     "table3_commonsense": Entry(
         "common-sense accuracy",
         lambda sources, selection: table3_commonsense(selection.records(sources)),
+    ),
+    "accuracy_tasks": Entry(
+        "every lm-eval task that was measured",
+        lambda sources, selection: accuracy_tasks(selection.records(sources)),
     ),
     "table4_latency": Entry(
         "end-to-end latency",

@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 from experiments.measured import Measurement
 from experiments.table import Column, Table
+from odyssey.accuracy.statistics import PairedComparison
 
 NOT_RUN, NOT_REPORTED = "not run", "not reported"
+_NO_PAIR = (None,) * 5
 LEGEND = (
     f"measured: from records, {NOT_RUN} where there is none; paper: as reported, {NOT_REPORTED} where the figure was "
     "not available; difference: measured - paper."
@@ -37,6 +39,7 @@ def comparison_table(
         Column("measured", "measured", number, absent=NOT_RUN),
         Column("paper", "paper", number, absent=NOT_REPORTED),
         Column("difference", "difference", signed),
+        *paired_columns(signed),
         Column("device", "device"),
         Column("commit", "commit"),
         Column("note", "note"),
@@ -45,9 +48,30 @@ def comparison_table(
     for cell in sorted({*paper, *measured}, key=rank):
         figure = paper.get(cell)
         if not measured.get(cell):
-            rows.append((*labels(cell), None, figure, None, None, None, None))
+            rows.append((*labels(cell), None, figure, None, *_NO_PAIR, None, None, None))
         for each in measured.get(cell, ()):
             difference = None if each.value is None or figure is None else each.value - figure
             shown = each.outcome if each.value is None else each.value
-            rows.append((*labels(cell), shown, figure, difference, each.device, each.commit, each.note))
+            compared = paired_values(each.paired, signed)
+            rows.append((*labels(cell), shown, figure, difference, *compared, each.device, each.commit, each.note))
     return Table(name, title, columns, tuple(rows), (LEGEND, *notes))
+
+
+def paired_columns(signed: str) -> tuple[Column, ...]:
+    """Columns of the comparison with FP16 on the same items; a table without one does not show them."""
+    return (
+        Column("vs_fp16", "vs FP16", signed),
+        Column("interval", "95 % interval"),
+        Column("noise", "noise"),
+        Column("mcnemar_p", "McNemar p", "{:.2g}"),
+        Column("flips", "flips", "{:.1%}"),
+    )
+
+
+def paired_values(paired: PairedComparison | None, signed: str) -> tuple:
+    """The values of `paired_columns`."""
+    if paired is None:
+        return _NO_PAIR
+    interval = f"[{signed.format(paired.low)}, {signed.format(paired.high)}]"
+    noise = "within" if paired.within_noise else "outside"
+    return paired.difference, interval, noise, paired.p_value, paired.flips

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+from odyssey.accuracy.statistics import PairedComparison
 from odyssey.record import OK
 
 # What two records of one cell may differ in without that changing the result.
@@ -37,7 +38,9 @@ class Protocol:
 @dataclass(frozen=True)
 class Measurement:
     """value: None when the cell did not end ok, then outcome and note say why. model: as records call it. method: of
-    conf/method. format: W4A8, ... recipe: the steps of an Odyssey cell. tokens: hash of what was evaluated."""
+    conf/method. format: W4A8, ... recipe: the steps of an Odyssey cell. tokens: hash of what was evaluated. result:
+    the record's entry that the value is from (of an average, the tasks' entries by name). path: of the record. paired:
+    the comparison with FP16 on the same items."""
 
     model: str
     method: str
@@ -51,16 +54,21 @@ class Measurement:
     protocol: Protocol | None = None
     tokens: str | None = None
     config: dict | None = None
+    result: dict | None = None
+    path: str | None = None
+    paired: PairedComparison | None = None
 
 
 def perplexities(records: Iterable[dict]) -> list[Measurement]:
-    """Perplexity of every cell that was asked for one; cells that did not end ok come without a value or protocol."""
+    """Perplexities of every cell that was asked for one; a cell that did not end ok comes without a value or protocol
+    for what it has not."""
     found = []
     for record in records:
         results = record.get("accuracy", {}).get("perplexity", {})
         for dataset, result in results.items():
             limit = record["config"]["accuracy"]["perplexity"].get("max_windows")
-            limited = limit is not None and result["windows"] >= limit
+            # C4's protocol names its number of windows.
+            limited = limit is not None and result["windows"] >= limit and dataset != "c4"
             settings = result["protocol"] + (f", only the first {limit} windows" if limited else "")
             found.append(
                 _measurement(
@@ -69,22 +77,30 @@ def perplexities(records: Iterable[dict]) -> list[Measurement]:
                     protocol=Protocol(dataset, result["text_sha256"], settings, result["window"]),
                     tokens=result["tokens_sha256"],
                     simulated=result.get("simulated", False),
+                    result=result,
                 )
             )
-        if not results and record["outcome"] != OK and asked_dataset(record["config"]):
+        if record["outcome"] != OK and set(asked_datasets(record["config"])) - set(results):
             found.append(_measurement(record))
     return found
 
 
-def task_accuracies(records: Iterable[dict], task: str, scale: float = 1.0) -> list[Measurement]:
-    """The primary metric of an lm-eval task, times `scale`, of every cell that was asked for it."""
+def task_accuracies(
+    records: Iterable[dict], task: str, scale: float = 1.0, *, limited: bool = False
+) -> list[Measurement]:
+    """The primary metric of an lm-eval task, times `scale`, of every cell that was asked for it.
+
+    limited: also results of the first so many items only (accuracy.limit), which are no figures of the task.
+    """
     found = []
     for record in records:
         result = record.get("accuracy", {}).get("tasks", {}).get(task)
+        if result is not None and result.get("limit") and not limited:
+            continue
         if result is not None:
             protocol, simulated = _task_protocol(task, result), result.get("simulated", False)
             value = None if result["value"] is None else result["value"] * scale
-            measurement = _measurement(record, value, protocol, simulated=simulated)
+            measurement = _measurement(record, value, protocol, simulated=simulated, result=result)
             # lm-eval's metric may be NaN, which JSON has no word for.
             found.append(measurement if value is not None else replace(measurement, outcome="not finite", note=None))
         elif record["outcome"] != OK and task in (record["config"].get("accuracy", {}).get("tasks") or ()):
@@ -93,10 +109,11 @@ def task_accuracies(records: Iterable[dict], task: str, scale: float = 1.0) -> l
 
 
 def task_averages(records: Iterable[dict], tasks: tuple[str, ...]) -> list[Measurement]:
-    """The mean over tasks of their primary metrics, of every cell that has them all."""
+    """The mean over tasks of their primary metrics, of every cell that has them all in full."""
     found = []
     for record in records:
         results = record.get("accuracy", {}).get("tasks", {})
+        results = {task: result for task, result in results.items() if not result.get("limit")}
         if all(results.get(task, {}).get("value") is not None for task in tasks):
             protocols = [_task_protocol(task, results[task]) for task in tasks]
             protocol = Protocol(
@@ -106,7 +123,8 @@ def task_averages(records: Iterable[dict], tasks: tuple[str, ...]) -> list[Measu
             )
             value = sum(results[task]["value"] for task in tasks) / len(tasks)
             simulated = any(results[task].get("simulated", False) for task in tasks)
-            found.append(_measurement(record, value, protocol, simulated=simulated))
+            parts = {task: results[task] for task in tasks}
+            found.append(_measurement(record, value, protocol, simulated=simulated, result=parts))
     return found
 
 
@@ -117,16 +135,17 @@ def _task_protocol(task: str, result: dict) -> Protocol:
     return Protocol(task, result["prompts_sha256"], settings)
 
 
-def asked_dataset(config: dict) -> str | None:
-    """The perplexity data set that a cell was asked for, as its result would have named it; None for none."""
+def asked_datasets(config: dict) -> tuple[str, ...]:
+    """The perplexity data sets that a cell was asked for, as its results would have named them."""
     group, model = config.get("accuracy", {}).get("perplexity"), config["model"]
     if not group or config.get("gemm", {}).get("bench", "none") != "none":
-        return None
+        return ()
+    dataset = group.get("dataset", "auto")
     if group.get("path"):
-        return "file"
-    if group.get("dataset", "auto") != "auto":
-        return group["dataset"]
-    return "embedded" if model["name"] == "tiny" and not model.get("path") else "wikitext2"
+        dataset = "c4" if dataset == "c4" else "file"
+    elif dataset == "auto":
+        dataset = "embedded" if model["name"] == "tiny" and not model.get("path") else "wikitext2"
+    return (dataset, *group.get("also", ()))
 
 
 def single_protocol(measurements: list[Measurement]) -> Protocol | None:
@@ -213,7 +232,9 @@ def short_commit(commit: str | None) -> str | None:
     return commit[:7] + ("-dirty" if commit.endswith("-dirty") else "")
 
 
-def _measurement(record: dict, value=None, protocol=None, tokens=None, simulated=False) -> Measurement:
+def _measurement(
+    record: dict, value=None, protocol=None, tokens=None, simulated=False, result: dict | None = None
+) -> Measurement:
     config, method = record["config"], record.get("method", {})
     failed = None if value is not None else f"{record['outcome']}: {record.get('reason')}"
     simulated = simulated or method.get("arithmetic") == "simulated"
@@ -230,6 +251,8 @@ def _measurement(record: dict, value=None, protocol=None, tokens=None, simulated
         protocol=protocol,
         tokens=tokens,
         config={**config, "checkpoint": record.get("model", {}).get("fingerprint")},
+        result=result,
+        path=record.get("path"),
     )
 
 

@@ -5,12 +5,19 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from experiments.accuracy_tables import table2_lambada, table2_perplexity, table3_commonsense, table6_ablation
+from experiments.accuracy_tables import (
+    accuracy_tasks,
+    table2_c4,
+    table2_lambada,
+    table2_perplexity,
+    table3_commonsense,
+    table6_ablation,
+)
 from experiments.end_to_end import end_to_end_table, latencies, speedups, timed_rows
 from experiments.figures import draw_end_to_end, draw_figure6, draw_figure7, draw_gemm
 from experiments.gemm import figure7_table, gemm_table
 from experiments.latency_tables import figure6_table, table4_latency, table5_gemm
-from experiments.measured import Measurement, asked_dataset, perplexities, single_protocol
+from experiments.measured import Measurement, asked_datasets, perplexities, single_protocol
 from experiments.sources import Sources, load_sources
 from experiments.table import Table
 
@@ -48,18 +55,21 @@ def _accuracy(sources: Sources) -> list[str]:
     groups = _by_protocol(found)
     if not any(protocol.dataset == "wikitext2" for protocol in groups):
         # The paper's figures have their table also before one of its models was measured.
-        asked = [each for each in found if each.value is None and asked_dataset(each.config) == "wikitext2"]
+        asked = [each for each in found if each.value is None and "wikitext2" in asked_datasets(each.config)]
         groups = {None: asked, **groups}
     for protocol, measurements in groups.items():
         options = ""
         if protocol:
             options = f" --dataset {protocol.dataset} --text {protocol.text[:8]} --window {protocol.window}"
-        for build in (table2_perplexity, table6_ablation):
+        first = table2_c4 if protocol and protocol.dataset == "c4" else table2_perplexity
+        for build in (first, table6_ablation):
             table = build(measurements)
             if table.rows:
                 sections.append(_section(table, options))
-    for build in (table2_lambada, table3_commonsense):
-        sections.append(_section(build(sources.records)))
+    sections += [_section(build(sources.records)) for build in (table2_lambada, table3_commonsense)]
+    tasks = accuracy_tasks(sources.records)
+    if tasks.rows:
+        sections.append(_section(tasks))
     return sections
 
 

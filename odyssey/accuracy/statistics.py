@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -40,6 +40,10 @@ class PairedComparison:
     def within_noise(self) -> bool:
         """Whether the difference may be chance: its interval holds 0, or McNemar's test does not reject at 5 %."""
         return self.low <= 0 <= self.high or (self.p_value is not None and self.p_value >= 1 - LEVEL)
+
+    def scaled(self, factor: float) -> PairedComparison:
+        """The same in another unit: a percentage for factor 100."""
+        return replace(self, difference=self.difference * factor, low=self.low * factor, high=self.high * factor)
 
 
 def mcnemar_exact(lost: int, gained: int) -> float:

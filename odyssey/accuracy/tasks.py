@@ -7,7 +7,6 @@ In the cell's directory:
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import importlib.metadata
 import json
@@ -17,6 +16,7 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from odyssey.accuracy.items import pack_items
 from odyssey.config import AccuracyConfig
 from odyssey.data.task_files import TaskSource, task_source
 from odyssey.errors import MissingDataError, OdysseyError, UnsupportedError
@@ -104,9 +104,7 @@ def _saved(directory: Path, name: str, key: dict) -> dict | None:
 
 def _save(directory: Path, name: str, key: dict, result: dict, items: dict) -> dict:
     """Write items, then the result that names them; returns the result with both."""
-    columns = {task: _columns(found) for task, found in items.items()}
-    content = {"task": name, "prompts_sha256": result["prompts_sha256"], "items": columns}
-    packed = gzip.compress(json.dumps(content, separators=(",", ":")).encode(), mtime=0)
+    packed = pack_items(name, result["prompts_sha256"], items)
     items_file = f"{FOLDER}/{name}.items.json.gz"
     result = {**result, "items_file": items_file, "items_sha256": hashlib.sha256(packed).hexdigest()}
     (directory / FOLDER).mkdir(parents=True, exist_ok=True)
@@ -122,35 +120,3 @@ def _write(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.rename(path)
-
-
-def _columns(items: dict[str, dict]) -> dict[str, list]:
-    """{"doc": ids, key: values} of per-item results, whole numbers without their ".0"."""
-    keys = list(dict.fromkeys(key for item in items.values() for key in item))
-    columns = {key: [_short(item.get(key)) for item in items.values()] for key in keys}
-    return {"doc": list(items), **columns}
-
-
-def _short(value):
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def read_items(directory: Path, result: dict) -> dict[str, dict]:
-    """Per-item results of a task: subtask -> document id -> {"answer": what was chosen, metric: value}.
-
-    directory: the cell's; result: the record's entry of the task. Raises MissingDataError when the file is gone or is
-    not the one that the record names.
-    """
-    path = directory / result["items_file"]
-    try:
-        packed = path.read_bytes()
-    except OSError as error:
-        raise MissingDataError(f"{path}: per-item results are gone; run the cell again with force=true") from error
-    if hashlib.sha256(packed).hexdigest() != result["items_sha256"]:
-        raise MissingDataError(f"{path}: not the per-item results of its record; run the cell again with force=true")
-    items = {}
-    for task, columns in json.loads(gzip.decompress(packed))["items"].items():
-        keys = [key for key in columns if key != "doc"]
-        values = zip(*(columns[key] for key in keys), strict=True)
-        items[task] = {doc: dict(zip(keys, row, strict=True)) for doc, row in zip(columns["doc"], values, strict=True)}
-    return items

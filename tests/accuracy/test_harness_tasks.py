@@ -8,7 +8,8 @@ import pytest
 from helpers.checkpoints import write_checkpoint
 
 from odyssey.accuracy import tasks
-from odyssey.accuracy.tasks import evaluate_tasks, read_items, remove_saved
+from odyssey.accuracy.items import read_items
+from odyssey.accuracy.tasks import evaluate_tasks, remove_saved
 from odyssey.cell import Cell
 from odyssey.config import (
     AccuracyConfig,

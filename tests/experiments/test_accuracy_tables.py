@@ -1,10 +1,20 @@
 """Accuracy tables against hand-written records with known answers, and what may not share a column."""
 
+import hashlib
+
 import pytest
 from helpers.records import cell_record
 
-from experiments.accuracy_tables import table2_lambada, table2_perplexity, table3_commonsense, table6_ablation
+from experiments.accuracy_tables import (
+    accuracy_tasks,
+    table2_c4,
+    table2_lambada,
+    table2_perplexity,
+    table3_commonsense,
+    table6_ablation,
+)
 from experiments.measured import MixedProtocolsError, perplexities
+from odyssey.accuracy.items import pack_items
 
 
 def rows_of(table, *keys):
@@ -98,7 +108,7 @@ def test_a_cell_that_died_before_it_said_its_format():
 
 @pytest.mark.parametrize(
     "other",
-    [{"window": 4096}, {"text": "bb"}, {"dataset": "c4"}],
+    [{"window": 4096}, {"text": "bb"}, {"dataset": "embedded"}],
     ids=["window", "text", "data set"],
 )
 @pytest.mark.parametrize("build", [table2_perplexity, table6_ablation])
@@ -202,3 +212,149 @@ def test_a_task_without_a_finite_figure():
     table = table2_lambada([cell_record("odyssey", tasks={"lambada_openai": ("acc", None)})])
     (row,) = rows_of(table, "LLaMA-7B", "OdysseyLLM")
     assert (row["measured"], row["difference"]) == ("not finite", None)
+
+
+def with_items(record, directory, right, task="lambada_openai", answers=None):
+    """The record as if it stood in `directory`, with the items of `task`."""
+    items = {
+        task: {str(n): {"answer": a, "acc": r} for n, (r, a) in enumerate(zip(right, answers or right, strict=True))}
+    }
+    result = record["accuracy"]["tasks"][task]
+    packed = pack_items(task, result["prompts_sha256"], items)
+    path = directory / f"{record['method']['name']}" / "tasks" / f"{task}.items.json.gz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(packed)
+    result |= {
+        "items_file": f"tasks/{path.name}", "items_sha256": hashlib.sha256(packed).hexdigest(), "items": len(right),
+        "value": sum(right) / len(right), "stderr": 0.05,
+    }  # fmt: skip
+    return {**record, "path": str(path.parents[1] / "record.json")}
+
+
+def lambada_records(directory, right, worse, task="lambada_openai"):
+    records = [cell_record(method, tasks={task: ("acc", 0.5)}) for method in ("fp16", "odyssey")]
+    return [with_items(record, directory, items, task) for record, items in zip(records, (right, worse), strict=True)]
+
+
+def test_a_difference_on_the_same_items_says_what_it_is_worth(tmp_path):
+    right = [n % 2 for n in range(200)]
+    worse = [each and n % 10 != 1 for n, each in enumerate(right)]
+    table = table2_lambada(lambada_records(tmp_path, right, worse))
+    (fp16,) = rows_of(table, "LLaMA-7B", "FP16")
+    assert (fp16["measured"], fp16["vs_fp16"], fp16["noise"], fp16["flips"]) == (50.0, None, None, None)
+    (row,) = rows_of(table, "LLaMA-7B", "OdysseyLLM")
+    assert row["vs_fp16"] == pytest.approx(-10.0)
+    assert row["noise"] == "outside"
+    assert row["flips"] == pytest.approx(0.1)
+    assert row["mcnemar_p"] == pytest.approx(2 / 2**20)
+    low, high = (float(text) for text in row["interval"].strip("[]").split(","))
+    assert -16 < low < -10 < high < -5
+    assert any("McNemar" in note for note in table.notes)
+    text = table.render("md")
+    assert "| vs FP16 | 95 % interval | noise | McNemar p | flips |" in text
+    assert "| 10.0% |" in text
+
+
+def test_a_difference_inside_the_noise_is_marked(tmp_path):
+    right = [n % 2 for n in range(200)]
+    other = [1 - each if n in (3, 4, 7) else each for n, each in enumerate(right)]
+    (row,) = rows_of(table2_lambada(lambada_records(tmp_path, right, other)), "LLaMA-7B", "OdysseyLLM")
+    assert (row["noise"], row["mcnemar_p"]) == ("within", 1.0)
+    assert row["vs_fp16"] == pytest.approx(-0.5)
+
+
+@pytest.mark.parametrize("how", ["device", "checkpoint", "items", "gone"])
+def test_what_is_not_the_same_is_not_compared(tmp_path, how):
+    fp16, odyssey = lambada_records(tmp_path, [1, 0, 1, 1], [1, 0, 0, 1])
+    if how == "device":
+        odyssey["device"], odyssey["environment"]["gpu"] = "cuda", {"name": "GPU 1"}
+    elif how == "checkpoint":
+        odyssey["model"]["fingerprint"] = "ee"
+    elif how == "items":
+        odyssey = with_items(odyssey, tmp_path, [1, 0, 1, 1, 1])
+        odyssey["accuracy"]["tasks"]["lambada_openai"]["items"] = 4
+    else:
+        (tmp_path / "odyssey/tasks/lambada_openai.items.json.gz").unlink()
+    (row,) = rows_of(table2_lambada([fp16, odyssey]), "LLaMA-7B", "OdysseyLLM")
+    assert (row["vs_fp16"], row["interval"], row["noise"]) == (None, None, None)
+
+
+def test_perplexities_are_compared_window_by_window():
+    records = [cell_record("fp16", value=36.0), cell_record("rtn", value=37.0)]
+    for record, shift in zip(records, (0.0, 0.03), strict=True):
+        record["accuracy"]["perplexity"]["wikitext2"]["nll"] = [3.3 + 0.1 * (n % 5) + shift for n in range(20)]
+    for table in (table2(*records), table6_ablation(perplexities(records))):
+        (row,) = [row for row in rows_of(table, "LLaMA-7B") if row["vs_fp16"] is not None]
+        assert row["vs_fp16"] == pytest.approx(1.0, abs=0.1)
+        assert (row["noise"], row["flips"]) == ("outside", None)
+
+
+def test_the_average_is_compared_when_every_task_is(tmp_path):
+    records = [cell_record(method, "llama-13b", tasks=TASKS) for method in ("fp16", "odyssey")]
+    for number, record in enumerate(records):
+        for task in TASKS:
+            record["accuracy"]["tasks"][task]["metric"] = "acc"
+            right = [(n + number * (n % 50 == 0)) % 2 for n in range(400)]
+            records[number] = record = with_items(record, tmp_path, right, task)
+    rows = {row["task"]: row for row in rows_of(table3_commonsense(records), "LLaMA-13B", "OdysseyLLM")}
+    assert rows["average"]["vs_fp16"] == pytest.approx(rows["PIQA"]["vs_fp16"]) == pytest.approx(0.02)
+    assert rows["average"]["flips"] == pytest.approx(0.02)
+    assert rows["average"]["mcnemar_p"] is None
+    # Four tasks know more than one.
+    widths = [high - low for low, high in (map(float, rows[task]["interval"].strip("[]").split(",")) for task in
+              ("average", "PIQA"))]  # fmt: skip
+    assert widths[0] < 0.7 * widths[1]
+
+
+def test_results_of_the_first_items_are_no_figures_of_the_paper(tmp_path):
+    records = lambada_records(tmp_path, [1, 0, 1, 1], [1, 0, 0, 1])
+    for record in records:
+        record["accuracy"]["tasks"]["lambada_openai"]["limit"] = 4
+    assert {row["measured"] for row in rows_of(table2_lambada(records), "LLaMA-7B")} == {None}
+    rows = rows_of(accuracy_tasks(records), "LLaMA-7B", "lambada_openai")
+    assert [(row["method"], row["measured"], row["note"]) for row in rows] == [
+        ("FP16", 0.75, "limit 4"), ("OdysseyLLM", 0.5, "limit 4"),
+    ]  # fmt: skip
+
+
+def test_every_task_has_a_row_beside_fp16_of_its_own_prompts(tmp_path):
+    full = lambada_records(tmp_path / "full", [1] * 40 + [0] * 40, [1] * 20 + [0] * 60, "mmlu")
+    other = cell_record("odyssey", tasks={"mmlu": ("acc", 0.3)})
+    other["accuracy"]["tasks"]["mmlu"]["prompts_sha256"] = "0" * 64
+    table = accuracy_tasks([*full, with_items(other, tmp_path / "other", [1] * 80, "mmlu")])
+    rows = rows_of(table, "LLaMA-7B", "mmlu")
+    assert [(row["method"], row["measured"], row["vs_fp16"], row["noise"]) for row in rows if row["vs_fp16"]] == [
+        ("OdysseyLLM", 0.25, -0.25, "outside")
+    ]
+    assert len(rows) == 3
+    assert {row["items"] for row in rows} == {80}
+
+
+def test_c4_has_a_table_of_its_own():
+    records = [cell_record("fp16", value=5.7), cell_record("odyssey", value=6.2)]
+    for record, value in zip(records, (7.1, 7.6), strict=True):
+        record["config"]["accuracy"]["perplexity"]["also"] = ["c4"]
+        wikitext = record["accuracy"]["perplexity"]["wikitext2"]
+        record["accuracy"]["perplexity"]["c4"] = {**wikitext, "value": value, "text_sha256": "cc" * 32}
+    failed = cell_record("rtn", outcome="missing-data")
+    failed["config"]["accuracy"]["perplexity"]["also"] = ["c4"]
+    measurements = perplexities([*records, failed])
+    (row,) = rows_of(table2_perplexity(measurements), "LLaMA-7B", "OdysseyLLM")
+    assert (row["measured"], row["paper"]) == (6.2, 6.17)
+    table = table2_c4(measurements)
+    assert "C4" in table.title
+    assert [row[:4] for row in table.rows] == [
+        ("LLaMA-7B", "FP16", "W16A16", 7.1), ("LLaMA-7B", "RTN", "W4A8", "missing-data"),
+        ("LLaMA-7B", "OdysseyLLM", "W4A8", 7.6),
+    ]  # fmt: skip
+    assert {row["paper"] for row in rows_of(table, "LLaMA-7B")} == {None}
+    table6_ablation(measurements)
+
+
+def test_a_cell_without_c4_says_so_in_its_table():
+    record = cell_record("fp16", value=5.7, outcome="missing-data")
+    record["config"]["accuracy"]["perplexity"]["also"] = ["c4"]
+    measurements = perplexities([record])
+    (row,) = rows_of(table2_perplexity(measurements), "LLaMA-7B", "FP16")
+    assert row["measured"] == 5.7
+    assert [row[3] for row in table2_c4(measurements).rows] == ["missing-data"]
