@@ -51,8 +51,11 @@ def _parser() -> argparse.ArgumentParser:
 def _generate(options: argparse.Namespace) -> None:
     import torch
 
-    from odyssey.engine import Engine, Sampling, load_weights
+    from odyssey.engine import DecoderShapes, Engine, Sampling, load_weights
+    from odyssey.engine.memory import predict, require
+    from odyssey.engine.weights import checkpoint_format
     from odyssey.errors import UnsupportedError
+    from odyssey.models.architecture import LlamaFamily
     from odyssey.models.load import load_tokenizer
     from odyssey.models.source import resolve_model
 
@@ -66,15 +69,22 @@ def _generate(options: argparse.Namespace) -> None:
     prompts = [tokenizer(prompt)["input_ids"] for prompt in options.prompt]
     if not all(prompts):
         raise UnsupportedError("--prompt: a prompt has no tokens; give some text")
-    started = time.perf_counter()
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    weights = load_weights(source.path, "cuda" if on_gpu else "cpu", dtype)
     longest = max(map(len, prompts)) + options.max_new_tokens
-    if longest > weights.shapes.max_positions:
+    shapes = DecoderShapes.from_config(LlamaFamily.from_directory(source.path).config)
+    if longest > shapes.max_positions:
         raise UnsupportedError(
             f"--max-new-tokens {options.max_new_tokens}: the longest prompt and that many tokens are {longest}, "
-            f"the model takes {weights.shapes.max_positions}"
+            f"the model takes {shapes.max_positions}"
         )
+    need = predict(
+        shapes, checkpoint_format(source.path), batch_size=len(prompts), max_len=longest,
+        element_size=dtype.itemsize if dtype else 2 if on_gpu else 4,
+    )  # fmt: skip
+    require(need, device, str(options.checkpoint))
+    started = time.perf_counter()
+    weights = load_weights(source.path, device, dtype)
     engine = Engine(weights, batch_size=len(prompts), max_len=longest)
     engine.prepare(len(prompts), sampling)
     loaded = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+import psutil
 import torch
 
 from odyssey.engine.engine import PREFILL_TOKENS
@@ -62,10 +63,10 @@ def predict(
     )
 
 
-def available_bytes(device: torch.device) -> int | None:
-    """Bytes of a GPU's memory that this process can still have, its own cached blocks included; None on CPU."""
+def available_bytes(device: torch.device) -> int:
+    """Bytes that this process can still have: of the GPU, its own cached blocks included, or of the host."""
     if device.type != "cuda":
-        return None
+        return psutil.virtual_memory().available
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
@@ -73,9 +74,15 @@ def available_bytes(device: torch.device) -> int | None:
 def require(need: MemoryNeed, device: torch.device, what: str) -> None:
     """Raise UnsupportedError, with both figures, where `need` is more than the GPU has left."""
     available = available_bytes(device)
-    if available is not None and need.total > available:
+    if need.total > available:
         raise UnsupportedError(
-            f"{what} needs {need.total / 2**30:.1f} GiB ({need.weights / 2**30:.1f} weights, "
-            f"{need.kv_cache / 2**30:.1f} KV cache), the GPU has {available / 2**30:.1f} GiB; use a smaller batch, "
-            "another format or a larger GPU"
+            f"{what}: {too_large(need, available)}; use a smaller batch, another format or a larger GPU"
         )
+
+
+def too_large(need: MemoryNeed, available: int) -> str:
+    """Both figures in one line."""
+    return (
+        f"predicted {need.total / 2**30:.1f} GiB ({need.weights / 2**30:.1f} weights, {need.kv_cache / 2**30:.1f} KV "
+        f"cache), there are {available / 2**30:.1f} GiB"
+    )

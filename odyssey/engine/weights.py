@@ -110,6 +110,21 @@ def load_weights(
     )
 
 
+def checkpoint_format(directory: str | Path) -> LinearFormat:
+    """The format of a checkpoint's linear layers, without reading their weights.
+
+    Raises UnsupportedError where they have several or one that no kernel runs.
+    """
+    directory = Path(directory)
+    if not (directory / MANIFEST_NAME).is_file():
+        return FORMATS["fp16"]
+    layers = read_manifest(directory)["layers"].values()
+    schemes = {tuple(layer[key] for key in QuantScheme.__dataclass_fields__) for layer in layers}
+    if len(schemes) != 1:
+        raise UnsupportedError(f"{directory}: its layers have {len(schemes)} schemes, the engine runs only one")
+    return format_of(QuantScheme(*schemes.pop()))
+
+
 class _FloatBlocks:
     """Decoder layers of an unquantized checkpoint."""
 
@@ -136,15 +151,10 @@ class _QuantizedBlocks:
     """Decoder layers of a quantized checkpoint, merged from the integers of their linear layers."""
 
     def __init__(self, directory: Path, reader, architecture: LlamaFamily, device, dtype) -> None:
-        manifest = read_manifest(directory)
-        self._blocks = CheckpointWriter(directory, manifest["job"])
+        self._blocks = CheckpointWriter(directory, read_manifest(directory)["job"])
         self._device, self._dtype = device, dtype
         self._intermediate = architecture.config.intermediate_size
-        layers = list(manifest["layers"].values())
-        schemes = {tuple(layer[key] for key in QuantScheme.__dataclass_fields__) for layer in layers}
-        if len(schemes) != 1:
-            raise UnsupportedError(f"{directory}: its layers have {len(schemes)} schemes, the engine runs only one")
-        self.format = format_of(QuantScheme(*schemes.pop()))
+        self.format = checkpoint_format(directory)
 
     def layer(self, index: int) -> LayerWeights:
         block = self._blocks.read_block(index)

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from odyssey.engine import FORMATS, DecoderShapes, DecoderWeights, Engine, LinearFormat, random_weights
 from odyssey.engine.cache import KeyValueCache
-from odyssey.engine.memory import MemoryNeed, available_bytes, predict
+from odyssey.engine.memory import MemoryNeed, available_bytes, predict, too_large
 from odyssey.errors import OdysseyError, UnsupportedError
 from odyssey.latency.candidates import Candidate, EngineCandidate
 from odyssey.latency.ceilings import Ceilings
@@ -87,8 +87,8 @@ class Bench:
         pending = []
         for entry in self._entries:
             need, available = self._need(entry, case), self._available()
-            if available is not None and need.total > available:
-                failed(entry, "unsupported", _too_large(need, available))
+            if need.total > available:
+                failed(entry, "unsupported", too_large(need, available))
             else:
                 pending.append(entry)
         groups = self._groups(pending, case)
@@ -116,16 +116,15 @@ class Bench:
             **({} if entry.load else {"prefill_tokens": case.batch_size * case.input_len}),
         )  # fmt: skip
 
-    def _available(self) -> int | None:
-        """Bytes that this process can have when it holds nothing."""
-        available = available_bytes(self._device)
-        return None if available is None else available + torch.cuda.memory_allocated(self._device)
+    def _available(self) -> int:
+        """Bytes that this process can have when it holds no weights."""
+        return available_bytes(self._device) + sum(weights.nbytes for weights in self._weights.values())
 
     def _groups(self, entries: list[Entry], case: Case) -> list[list[Entry]]:
         """Entries that fit into memory together, in order."""
         available, groups = self._available(), []
         for entry in entries:
-            if groups and (available is None or self._together([*groups[-1], entry], case) <= available):
+            if groups and self._together([*groups[-1], entry], case) <= available:
                 groups[-1].append(entry)
             else:
                 groups.append([entry])
@@ -144,9 +143,8 @@ class Bench:
         )
 
     def _run_group(self, group: list[Entry], case: Case, failed, progress: Progress | None) -> dict[str, dict]:
-        available = self._available()
         kept = [entry for entry in self._entries if entry.name in self._weights and entry not in group]
-        if available is not None and self._together([*group, *kept], case) > available:
+        if self._together([*group, *kept], case) > self._available():
             for entry in kept:
                 del self._weights[entry.name]
         release()
@@ -221,10 +219,3 @@ def random_entries(
 
     entries = [Entry(name, FORMATS[name], loader(FORMATS[name])) for name in methods]
     return entries + [Entry(name, FORMATS["fp16"]) for name in peers]
-
-
-def _too_large(need: MemoryNeed, available: int) -> str:
-    return (
-        f"predicted {need.total / 2**30:.1f} GiB ({need.weights / 2**30:.1f} weights, {need.kv_cache / 2**30:.1f} KV "
-        f"cache), this GPU has {available / 2**30:.1f} GiB"
-    )

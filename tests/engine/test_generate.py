@@ -144,6 +144,12 @@ def test_the_command_prints_the_text(capsys):
     assert "8 tokens" in output.err or "tokens in" in output.err
 
 
+def test_the_command_refuses_what_does_not_fit_before_it_loads(monkeypatch, capsys):
+    monkeypatch.setattr("odyssey.engine.memory.available_bytes", lambda device: 2**20)
+    assert generate.main(["--checkpoint", "tiny", "--prompt", "The", "--device", "cpu"]) == 1
+    assert "tiny: predicted 1.0 GiB" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

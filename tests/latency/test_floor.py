@@ -75,7 +75,7 @@ def test_memory_of_a_large_batch_is_mostly_cache():
 def test_too_large_is_refused_with_both_figures(monkeypatch):
     monkeypatch.setattr("odyssey.engine.memory.available_bytes", lambda device: 80 * 2**30)
     need = MemoryNeed(weights=130 * 2**30, kv_cache=0, activations=0, fixed=0)
-    with pytest.raises(UnsupportedError, match=r"needs 130\.0 GiB .* the GPU has 80\.0 GiB"):
+    with pytest.raises(UnsupportedError, match=r"fp16: predicted 130\.0 GiB .* there are 80\.0 GiB"):
         require(need, torch.device("cuda"), "fp16")
 
 

@@ -85,7 +85,6 @@ def test_methods_take_turns():
 def test_what_does_not_fit_is_a_row_with_both_figures(monkeypatch):
     weights = {"fp16": 4, "w4a8": 2}
     monkeypatch.setattr("odyssey.latency.sweep.available_bytes", lambda device: 3 * 2**30)
-    monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 0)
 
     def predict(shapes, form, **_):
         from odyssey.engine.memory import MemoryNeed
@@ -96,12 +95,11 @@ def test_what_does_not_fit_is_a_row_with_both_figures(monkeypatch):
     rows = _bench(_entries(["fp16", "w4a8"])).run(Case(1, 8, 2, 0, 1))
     assert [row["outcome"] for row in rows] == ["unsupported", "ok"]
     assert "predicted 4.0 GiB" in rows[0]["reason"]
-    assert "this GPU has 3.0 GiB" in rows[0]["reason"]
+    assert "there are 3.0 GiB" in rows[0]["reason"]
 
 
 def test_methods_that_do_not_fit_together_run_in_groups(monkeypatch):
     monkeypatch.setattr("odyssey.latency.sweep.available_bytes", lambda device: 5 * 2**30)
-    monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 0)
 
     def predict(shapes, form, **_):
         from odyssey.engine.memory import MemoryNeed
