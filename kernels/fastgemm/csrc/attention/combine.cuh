@@ -8,10 +8,10 @@
 namespace fg::attention {
 
 constexpr int kCombineVector = 4;  // elements of one head a thread computes
-constexpr int kBatch = 16;         // splits whose results are loaded together
 
-// Elements 4 index .. 4 index + 3 of a token's output; head_vectors = D / 4.
-template <typename T>
+// Elements 4 index .. 4 index + 3 of a token's output; head_vectors = D / 4; the results of kBatch splits are loaded
+// together.
+template <typename T, int kBatch>
 __device__ __forceinline__ elementwise::Vec<T, kCombineVector> combine_splits(const float4* partial, const float2* stats,
                                                                               int splits, int num_heads,
                                                                               int head_vectors, int index) {
@@ -66,7 +66,7 @@ __device__ __forceinline__ elementwise::Vec<T, kCombineVector> combine_splits(co
 constexpr int kCombineThreads = 512;
 
 // Grid (blocks of a row, rows).  Quantizing, the blocks of a row are a cluster (kKept = 1) or one block (kInShared).
-template <typename T, int kKept, typename Out>
+template <typename T, int kKept, int kBatch, typename Out>
 __global__ void __launch_bounds__(kCombineThreads, 1)
     combine(const float* partial, const float2* stats, int splits, int num_heads, int head_dim, Out* out, float* scale) {
   using namespace elementwise;
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
   const float2* row_stats = stats + row * splits * num_heads;
   Out* target = out + (row * vectors + begin) * kCombineVector;
   const auto fetch = [&](int, int index) {
-    return combine_splits<T>(row_partial, row_stats, splits, num_heads, head_vectors, begin + index);
+    return combine_splits<T, kBatch>(row_partial, row_stats, splits, num_heads, head_vectors, begin + index);
   };
   const auto finish = [](const Vec<T, kCombineVector>& y) { return y; };
   if constexpr (std::is_same<Out, int8_t>::value)

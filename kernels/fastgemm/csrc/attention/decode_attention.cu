@@ -8,11 +8,7 @@
 namespace fg::attention {
 namespace {
 
-constexpr int64_t kMaxPositions = 1 << 24;
 constexpr int64_t kMaxGrid = 65535;
-constexpr int kBlocksPerMultiprocessor = 2;
-// What the first blocks bring into L2 ahead of time, together: about half of an H100's.
-constexpr int64_t kPrefetchBytes = 24 << 20;
 
 struct Sizes {
   int64_t batch, num_heads, kv_heads, head_dim, max_len, window;  // window 0: all positions
@@ -58,43 +54,55 @@ int64_t workspace_bytes(const Sizes& s, int splits) {
   return stats_offset(s, splits) + s.batch * splits * s.num_heads * static_cast<int64_t>(sizeof(float2));
 }
 
-template <typename T, int D>
+template <typename T, int D, class C>
 int launch_partials(const Params& p, int64_t batch, void* stream) {
-  const LaunchShape shape{dim3(p.splits, p.kv_heads * p.head_blocks, static_cast<unsigned>(batch)), kPartialThreads,
-                          Tile<D>::kSharedBytes};
-  return launch_kernel(decode_partials<T, D>, shape, stream, p);
+  const LaunchShape shape{dim3(p.splits, p.kv_heads * p.head_blocks, static_cast<unsigned>(batch)), C::kThreads,
+                          C::kSharedBytes};
+  return launch_kernel(decode_partials<T, D, C>, shape, stream, p);
 }
 
-// Blocks of a row: 128 threads of 4 elements each.
-template <typename T>
-int launch_combine(const Params& p, const Sizes& s, void* out, float* scale, void* stream) {
+template <typename T, int kKept, int kBatch, typename Out>
+int launch_combine(const Params& p, const Sizes& s, Out* out, float* scale, int64_t blocks, int64_t threads,
+                   size_t shared_bytes, void* stream) {
+  const bool cluster = std::is_same<Out, int8_t>::value;
+  const LaunchShape shape{dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(s.batch)),
+                          static_cast<unsigned>(threads), shared_bytes, cluster ? static_cast<unsigned>(blocks) : 1};
+  return launch_kernel(combine<T, kKept, kBatch, Out>, shape, stream, p.partial, p.stats, p.splits, p.num_heads,
+                       s.head_dim, out, scale);
+}
+
+template <typename T, int kBatch>
+int run_combine(const Params& p, const Sizes& s, void* out, float* scale, void* stream) {
+  constexpr int kShare = 128;  // vectors, and threads, of a block
   const int64_t vectors = s.num_heads * s.head_dim / kCombineVector;
-  const auto launch = [&](auto kernel, auto* target, int64_t blocks, int64_t threads, size_t shared, bool cluster) {
-    const LaunchShape shape{dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(s.batch)),
-                            static_cast<unsigned>(threads), shared, cluster ? static_cast<unsigned>(blocks) : 1};
-    return launch_kernel(kernel, shape, stream, p.partial, p.stats, p.splits, p.num_heads, static_cast<int>(s.head_dim),
-                         target, scale);
-  };
-  if (!scale) {
-    const int64_t blocks = (vectors + 127) / 128;
-    return launch(combine<T, 1, T>, static_cast<T*>(out), blocks, 128, 0, false);
-  }
+  if (!scale)
+    return launch_combine<T, 1, kBatch>(p, s, static_cast<T*>(out), nullptr, (vectors + kShare - 1) / kShare, kShare, 0,
+                                        stream);
   auto* q = static_cast<int8_t*>(out);
   int64_t blocks = 1;
-  while (blocks < elementwise::kClusterBlocks && vectors > 128 * blocks) blocks *= 2;
+  while (blocks < elementwise::kClusterBlocks && vectors > kShare * blocks) blocks *= 2;
   const int64_t share = (vectors + blocks - 1) / blocks;
   if (share <= kCombineThreads && has_dependent_launch())
-    return launch(combine<T, 1, int8_t>, q, blocks, (share + 31) / 32 * 32, 0, true);
-  if (vectors <= 8192)
-    return launch(combine<T, elementwise::kInShared, int8_t>, q, 1, kCombineThreads, vectors * 8, false);
-  return launch(combine<T, elementwise::kReread, int8_t>, q, 1, kCombineThreads, 0, false);
+    return launch_combine<T, 1, kBatch>(p, s, q, scale, blocks, (share + 31) / 32 * 32, 0, stream);
+  constexpr int64_t kVectorBytes = kCombineVector * sizeof(T);
+  if (vectors * kVectorBytes <= 65536)
+    return launch_combine<T, elementwise::kInShared, kBatch>(p, s, q, scale, 1, kCombineThreads, vectors * kVectorBytes,
+                                                             stream);
+  return launch_combine<T, elementwise::kReread, kBatch>(p, s, q, scale, 1, kCombineThreads, 0, stream);
+}
+
+template <typename T, class C>
+int run(const Params& p, const Sizes& s, void* out, float* scale, void* stream) {
+  const int code =
+      s.head_dim == 64 ? launch_partials<T, 64, C>(p, s.batch, stream) : launch_partials<T, 128, C>(p, s.batch, stream);
+  if (code != FG_OK) return code;
+  return p.splits <= 4 ? run_combine<T, 4>(p, s, out, scale, stream) : run_combine<T, 16>(p, s, out, scale, stream);
 }
 
 template <typename T>
-int run(const Params& p, const Sizes& s, void* out, float* scale, void* stream) {
-  const int code =
-      s.head_dim == 64 ? launch_partials<T, 64>(p, s.batch, stream) : launch_partials<T, 128>(p, s.batch, stream);
-  return code == FG_OK ? launch_combine<T>(p, s, out, scale, stream) : code;
+int run(const Params& p, const Sizes& s, void* out, float* scale, int64_t blocks, void* stream) {
+  const bool one_wave = blocks <= device_multiprocessors() && device_shared_bytes() >= OneWave::kSharedBytes + 4096;
+  return one_wave ? run<T, OneWave>(p, s, out, scale, stream) : run<T, ManyBlocks>(p, s, out, scale, stream);
 }
 
 }  // namespace
@@ -144,9 +152,6 @@ extern "C" int fg_decode_attention(const void* qkv, const float* cos_sin, const 
   p.window = window > 0 && window < max_len ? static_cast<int>(window) : static_cast<int>(max_len);
   p.splits = resolved;
   const int64_t blocks = batch * kv_heads * p.head_blocks * resolved;
-  const int64_t first_blocks = kBlocksPerMultiprocessor * static_cast<int64_t>(fg::device_multiprocessors());
-  p.prefetch_blocks = static_cast<int>(blocks < first_blocks ? blocks : first_blocks);
-  p.prefetch_units = static_cast<int>(kPrefetchBytes / (p.prefetch_blocks * kUnit * head_dim * 4));
-  return dtype == FG_F16 ? run<__half>(p, sizes, out, scale_or_null, stream)
-                         : run<__nv_bfloat16>(p, sizes, out, scale_or_null, stream);
+  return dtype == FG_F16 ? run<__half>(p, sizes, out, scale_or_null, blocks, stream)
+                         : run<__nv_bfloat16>(p, sizes, out, scale_or_null, blocks, stream);
 }

@@ -17,6 +17,10 @@ using sm80::load_matrices;
 using sm80::shared_address;
 using sm80::wait_copies;
 
+__device__ __forceinline__ void copy_async_16(uint32_t target, const void* source) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
+}
+
 // As load_matrices, each 8x8 matrix transposed.
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"

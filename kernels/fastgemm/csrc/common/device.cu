@@ -10,14 +10,13 @@ __global__ void probe() {}
 
 bool has_dependent_launch() {
   static DeviceCache cache;
-  constexpr int kNo = 1, kYes = 2;
   const int answer = cached_for_device(cache, [](int) {
     cudaFuncAttributes attributes{};
     const cudaError_t status = cudaFuncGetAttributes(&attributes, probe);
     if (status != cudaSuccess) return -static_cast<int>(status);
-    return attributes.ptxVersion >= 90 ? kYes : kNo;
+    return attributes.ptxVersion >= 90 ? 1 : 0;
   });
-  return answer == kYes;
+  return answer == 1;
 }
 
 }  // namespace fg

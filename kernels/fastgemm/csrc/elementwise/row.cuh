@@ -119,28 +119,33 @@ __device__ __forceinline__ uint32_t saturate_to_int8(float x) {
   return static_cast<uint32_t>(q) & 0xffu;
 }
 
-// rint(x / scale) with IEEE division, saturated to int8.  Multiplying with the reciprocal is off by at most three
-// units of 2^-24 relative to the quotient, 2.3e-5 for |quotient| <= 128, so only results that close to a tie (and
-// overflows and NaN, which fail the comparison) need the division.
-__device__ __forceinline__ uint32_t quantize(float x, float scale, float reciprocal) {
-  float y = x * reciprocal;
-  if (!(fabsf(y - rintf(y)) < 0.49997f)) y = __fdiv_rn(x, scale);
-  return saturate_to_int8(y);
-}
-
+// Writes rint(x / scale) with IEEE division, saturated to int8, for the elements x of a vector.  Multiplying with the
+// reciprocal is off by at most three units of 2^-24 relative to the quotient, 2.3e-5 for |quotient| <= 128, so only
+// results that close to a tie (and overflows and NaN, which fail the comparison) need the division; then the whole
+// vector is divided, so that there is one branch.
 template <typename T, int V>
 __device__ __forceinline__ void store_quantized(int8_t* row, int64_t index, const Vec<T, V>& y, float scale,
                                                 float reciprocal) {
+  float quotient[V];
+  bool certain = true;
+#pragma unroll
+  for (int e = 0; e < V; ++e) {
+    quotient[e] = to_float(y.v[e]) * reciprocal;
+    certain = certain && fabsf(quotient[e] - rintf(quotient[e])) < 0.49997f;
+  }
+  if (!certain) {
+#pragma unroll
+    for (int e = 0; e < V; ++e) quotient[e] = __fdiv_rn(to_float(y.v[e]), scale);
+  }
   if constexpr (V == 1) {
-    row[index] = static_cast<int8_t>(quantize(to_float(y.v[0]), scale, reciprocal));
+    row[index] = static_cast<int8_t>(saturate_to_int8(quotient[0]));
   } else {
     Vec<uint32_t, V / 4> words;
 #pragma unroll
     for (int w = 0; w < V / 4; ++w) {
       words.v[w] = 0;
 #pragma unroll
-      for (int b = 0; b < 4; ++b)
-        words.v[w] |= quantize(to_float(y.v[4 * w + b]), scale, reciprocal) << (8 * b);
+      for (int b = 0; b < 4; ++b) words.v[w] |= saturate_to_int8(quotient[4 * w + b]) << (8 * b);
     }
     *reinterpret_cast<Vec<uint32_t, V / 4>*>(row + index * V) = words;
   }
