@@ -6,6 +6,7 @@ from fastgemm_attention_cases import UNIT, assert_rounded, attend, problem
 
 import fastgemm
 from fastgemm import decoder_cuda
+from fastgemm.library import load
 
 pytestmark = pytest.mark.gpu
 
@@ -212,6 +213,32 @@ def test_a_graph_follows_the_lengths_on_the_device():
         graph.replay()
         error = (q * scale[:, None] - attend(p)).abs()
         assert (error <= scale[:, None] * 0.51 + 1e-3 * attend(p).abs().amax(dim=1, keepdim=True)).all()
+
+
+def test_lengths_written_by_the_kernel_just_before():
+    """That kernel lets attention start early, which then reads the length before it is written, and again after."""
+    p = problem([900, 1, 37, 512], 8, 8, 128, 1000, torch.float16, "cuda")
+    expected = fastgemm.decode_attention(*p.arguments())
+    caches = p.k_cache.clone(), p.v_cache.clone()
+    lengths = torch.zeros_like(p.lengths)
+    # The scale of a row whose largest magnitude is 127 n units of the smallest subnormal has the bits of the integer n.
+    x = (p.lengths * 127).view(torch.float32)[:, None].expand(-1, 1024).contiguous()
+    q = torch.empty(x.shape, dtype=torch.int8, device="cuda")
+
+    def launch():
+        stream = torch.cuda.current_stream().cuda_stream
+        load().quantize_per_token(x.data_ptr(), 3, q.data_ptr(), lengths.data_ptr(), *x.shape, stream)
+        return fastgemm.decode_attention(p.qkv, p.cos_sin, lengths, *caches, p.num_heads)
+
+    assert torch.equal(launch(), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = launch()
+    for stale in (0, 3, 999, -1, 2**30):
+        lengths.fill_(stale)
+        graph.replay()
+        assert torch.equal(lengths, p.lengths)
+        assert torch.equal(out, expected)
 
 
 def test_two_streams_at_once():
