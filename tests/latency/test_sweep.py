@@ -75,9 +75,7 @@ def test_methods_take_turns():
     from odyssey.latency.end_to_end import time_interleaved
 
     prompt = random_prompt(10, 1, 4, 0, CPU)
-    timings = time_interleaved(
-        [Spy("a"), Spy("b")], prompt, output_len=2, warmup=1, repeats=2, monitor=GpuMonitor(CPU)
-    )
+    timings = time_interleaved([Spy("a"), Spy("b")], prompt, output_len=2, warmup=1, repeats=2, monitor=GpuMonitor(CPU))
     assert order == ["a", "b"] * 3
     assert [len(timing.runs) for timing in timings] == [2, 2]
 
