@@ -8,6 +8,7 @@ Layout of `data.root` (all optional, the hub is asked for what is not there):
     hellaswag/hellaswag_val.jsonl               hellaswag: {"activity_label", "ctx_a", "ctx_b", "endings", "label"}
     hellaswag/hellaswag_val_preprocessed.jsonl  hellaswag_preprocessed: {"query", "endings", "label"}, 10042 rows
     mmlu/mmlu_test.jsonl, mmlu_dev.jsonl        mmlu: {"subject", "question", "choices", "answer"}, 14042 and 285 rows
+    [hub/]datasets--OWNER--NAME/snapshots/*     any of them in the layout of the hub's own cache
 
 A file is checked for its columns and its number of rows, written in the shape that lm-eval's definition expects into a
 cache directory (never into data.root), and joined to that definition by a generated YAML file that includes it.
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from odyssey.data.hub import HUB_DATASETS, Snapshot, find_snapshot
 from odyssey.data.task_names import definitions_directory, task_folder
 from odyssey.errors import MissingDataError
 
@@ -120,8 +122,11 @@ def task_source(name: str, root: str | None, cache: Path) -> TaskSource:
     names = local_file_names(name)
     where = root or "DIR"
     copies = " and ".join(f"{where}/{file}" for file in names)
+    family = "mmlu" if is_mmlu else name
+    fetched = f", or fetch it where the hub answers: python -m odyssey.data fetch --tasks {family} --to {where}"
     hint = (
-        f"put a copy at {copies}" + ("" if root else " and set data.root=DIR")
+        f"put a copy at {copies}{fetched if family in HUB_DATASETS else ''}"
+        + ("" if root else ", and set data.root=DIR")
         if names
         else "run once where the hub answers, its cache serves later runs"
     )
@@ -130,9 +135,33 @@ def task_source(name: str, root: str | None, cache: Path) -> TaskSource:
         generated, digest = _generate(name, is_mmlu, files, Path(cache))
         paths = (folder, generated) if is_mmlu else (generated,)
         return TaskSource(name, paths, False, ", ".join(file.name for file in files), digest, is_mmlu, fewshot, hint)
+    snapshot = find_snapshot(root, family)
+    if snapshot is not None:
+        generated, digest = _include_snapshot(name, is_mmlu, snapshot, Path(cache))
+        paths = (folder, generated) if is_mmlu else (generated,)
+        return TaskSource(name, paths, False, snapshot.origin, digest, True, fewshot, hint)
     if name == "hellaswag_preprocessed":
         raise MissingDataError(f"{name}: exists as a local file only; {hint}")
     return TaskSource(name, (folder,) if folder else (), folder is None, "hub", None, True, fewshot, hint)
+
+
+def check_task_files(name: str, root: Path) -> None:
+    """Raises MissingDataError, one line, unless the task's files under `root` are whole: rows, columns, labels."""
+    files = [root / file for file in local_file_names(name)]
+    for file in files:
+        if not file.is_file():
+            raise MissingDataError(f"{file}: no such file")
+    if _is_mmlu(name):
+        for file, count in zip(files, _MMLU_ROWS, strict=True):
+            _read_rows(file, count, _MMLU_COLUMNS)
+    else:
+        task = _LOCAL_TASKS[name]
+        list(task.convert(_read_rows(files[0], task.rows, task.columns), files))
+
+
+def task_columns(name: str) -> tuple[str, ...]:
+    """The columns of a task's rows in its local files."""
+    return _MMLU_COLUMNS if _is_mmlu(name) else _LOCAL_TASKS[name].columns
 
 
 def local_file_names(name: str) -> tuple[str, ...]:
@@ -144,6 +173,30 @@ def local_file_names(name: str) -> tuple[str, ...]:
 
 def _is_mmlu(name: str) -> bool:
     return name not in _LOCAL_TASKS and task_folder(name) is not None
+
+
+def _include_snapshot(name: str, is_mmlu: bool, snapshot: Snapshot, cache: Path) -> tuple[Path, str]:
+    """Definitions that read a copy in the hub's cache layout; returns their folder and the data's hash."""
+    digest = snapshot.digest()
+    setting = f"{_CONVERSION} {digest} {snapshot.path.resolve()} {definitions_directory()} {cache.resolve()}"
+    family = "mmlu" if is_mmlu else name
+    target = cache.resolve() / f"{family}-hub-{hashlib.sha256(setting.encode()).hexdigest()[:12]}"
+    definitions = {name: _LOCAL_TASKS[name].definition} if not is_mmlu else {
+        path.stem: f"mmlu/default/{path.name}"
+        for path in sorted((definitions_directory() / "mmlu/default").glob("mmlu_*.yaml"))
+    }  # fmt: skip
+    target.mkdir(parents=True, exist_ok=True)
+    for task, definition in definitions.items():
+        keys = {
+            "include": str(definitions_directory() / definition),
+            "task": task,
+            "dataset_path": str(snapshot.path.resolve()),
+            "dataset_kwargs": {"cache_dir": str(target / "arrow")},
+        }
+        partial = target / f".{task}.{os.getpid()}.partial"
+        partial.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in keys.items()))
+        partial.rename(target / f"{task}.yaml")
+    return target, digest
 
 
 def _generate(name: str, is_mmlu: bool, files: list[Path], cache: Path) -> tuple[Path, str]:

@@ -3,6 +3,7 @@
 Layout of `data.root` (all optional, the hub is asked for what is not there):
     wikitext2/wiki.train.raw, wiki.test.raw     WikiText-2 raw v1, one line per row
     c4/*.json, *.json.gz or *.jsonl             C4 documents, {"text": ...} per line; names with "train" or "val"
+    [hub/]datasets--OWNER--NAME/snapshots/*     either of them in the layout of the hub's own cache
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from odyssey.data.hub import HUB_DATASETS, find_snapshot
 from odyssey.errors import MissingDataError
 
 DATASETS = ("wikitext2", "c4", "embedded", "file")
-_C4_TRAIN = "en/c4-train.00000-of-01024.json.gz"
-_C4_VALIDATION = "en/c4-validation.00000-of-00008.json.gz"
+C4_TRAIN = "en/c4-train.00000-of-01024.json.gz"
+C4_VALIDATION = "en/c4-validation.00000-of-00008.json.gz"
 _DOCUMENT_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 
 
@@ -94,14 +96,19 @@ def _wikitext2(split: str, root: str | None) -> Corpus:
             file = Path(root).expanduser() / folder / f"wiki.{split}.raw"
             if file.is_file():
                 return Corpus("wikitext2", wikitext_rows(file.read_text(encoding="utf-8")), file.name)
-    rows = _from_hub(
-        "Salesforce/wikitext", "wikitext2", root, f"wikitext2/wiki.{split}.raw", name="wikitext-2-raw-v1", split=split
+    hub = HUB_DATASETS["wikitext2"]
+    snapshot = find_snapshot(root, "wikitext2")
+    where, origin = (
+        (hub.repository, f"hub:{hub.repository}/{hub.config}")
+        if snapshot is None
+        else (str(snapshot.path), snapshot.origin)
     )
-    return Corpus("wikitext2", rows, "hub:Salesforce/wikitext/wikitext-2-raw-v1")
+    rows = _from_hub(where, "wikitext2", root, f"wikitext2/wiki.{split}.raw", name=hub.config, split=split)
+    return Corpus("wikitext2", rows, origin)
 
 
 def _c4(split: str, root: str | None) -> Corpus:
-    marker, shard = ("train", _C4_TRAIN) if split == "train" else ("val", _C4_VALIDATION)
+    marker, shard = ("train", C4_TRAIN) if split == "train" else ("val", C4_VALIDATION)
     if root:
         folder = Path(root).expanduser() / "c4"
         files = sorted(
@@ -109,8 +116,13 @@ def _c4(split: str, root: str | None) -> Corpus:
         )
         if files:
             return Corpus("c4", list(_documents(files[0])), files[0].name)
-    documents = _from_hub("allenai/c4", "c4", root, f"c4/{Path(shard).name}", data_files={split: shard}, split=split)
-    return Corpus("c4", documents, f"hub:allenai/c4/{shard}")
+        snapshot = find_snapshot(root, "c4")
+        if snapshot is not None and (snapshot.path / shard).is_file():
+            return Corpus("c4", list(_documents(snapshot.path / shard)), f"{snapshot.origin}/{shard}")
+    documents = _from_hub(
+        HUB_DATASETS["c4"].repository, "c4", root, f"c4/{Path(shard).name}", data_files={split: shard}, split=split
+    )
+    return Corpus("c4", documents, f"hub:{HUB_DATASETS['c4'].repository}/{shard}")
 
 
 def _from_hub(hub_id: str, dataset: str, root: str | None, local_name: str, **arguments) -> list[str]:
@@ -120,7 +132,8 @@ def _from_hub(hub_id: str, dataset: str, root: str | None, local_name: str, **ar
         return list(load_dataset(hub_id, **arguments)["text"])
     except Exception as error:  # datasets raises a different class for every way a download can fail
         where = f"{root}/{local_name}" if root else f"DIR/{local_name} with data.root=DIR"
+        part = "calibration" if "train" in local_name and dataset == "c4" else dataset
         raise MissingDataError(
-            f"{dataset}: the hub's {hub_id} cannot be read ({type(error).__name__}); put a copy at {where}, "
-            "or name a file"
+            f"{dataset}: the hub's {hub_id} cannot be read ({type(error).__name__}); put a copy at {where}, fetch it "
+            f"where the hub answers: python -m odyssey.data fetch --tasks {part} --to {root or 'DIR'}, or name a file"
         ) from error

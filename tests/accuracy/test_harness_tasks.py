@@ -144,8 +144,11 @@ def test_a_missing_task_costs_no_other_task(evaluate, no_hub, small_root, tmp_pa
     assert all(result["items"] == 4 and result["simulated"] for result in results.values())
     winogrande, arc_easy = error.split("; arc_easy: ")
     assert winogrande.startswith("winogrande: its data cannot be read (ConnectionError")
-    assert winogrande.endswith(f"put a copy at {small_root}/winogrande/winogrande_xl_validation.jsonl")
-    assert arc_easy.endswith(f"put a copy at {small_root}/arc/ARC-Easy_test.jsonl")
+    fetch = "or fetch it where the hub answers: python -m odyssey.data fetch --tasks"
+    copy = f"put a copy at {small_root}/winogrande/winogrande_xl_validation.jsonl"
+    assert winogrande.endswith(f"{copy}, {fetch} winogrande --to {small_root}")
+    copy = f"put a copy at {small_root}/arc/ARC-Easy_test.jsonl"
+    assert arc_easy.endswith(f"{copy}, {fetch} arc_easy --to {small_root}")
     assert "\n" not in error
     items = read_items(tmp_path / "cell", results["piqa"])
     assert list(items["piqa"]) == ["0", "1", "2", "3"]

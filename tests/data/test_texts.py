@@ -37,6 +37,8 @@ def test_c4_from_data_root_and_file(tmp_path, compressed):
     path.write_bytes(gzip.compress(lines.encode()) if compressed else lines.encode())
     assert load_corpus("c4", "train", root=str(tmp_path)).documents == ["one", "two"]
     assert load_corpus("file", "train", path=str(path)).documents == ["one", "two"]
+    shard = load_corpus("c4", "test", path=str(path))
+    assert (shard.name, shard.origin, shard.documents) == ("c4", name, ["one", "two"])
 
 
 def test_a_bad_line_is_named(tmp_path):
@@ -65,8 +67,12 @@ def test_an_unreachable_hub_says_where_to_put_a_copy(monkeypatch, tmp_path):
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     with pytest.raises(MissingDataError, match=r"put a copy at .*wikitext2/wiki.test.raw"):
         load_corpus("wikitext2", "test", root=str(tmp_path))
-    with pytest.raises(MissingDataError, match="data.root=DIR"):
+    with pytest.raises(
+        MissingDataError, match="data.root=DIR.* python -m odyssey.data fetch --tasks calibration --to DIR"
+    ):
         load_corpus("c4", "train")
+    with pytest.raises(MissingDataError, match="fetch --tasks c4 --to DIR"):
+        load_corpus("c4", "test")
 
 
 def test_embedded_splits_differ():
