@@ -1,7 +1,7 @@
 """Run one cell, or with -m a sweep.
 
-    python run.py method=odyssey model=llama2-7b
-    python run.py -m experiment=quickstart
+python run.py method=odyssey model=llama2-7b
+python run.py -m experiment=quickstart
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main() -> int:
 def _preflight(command_line: CommandLine, settings: object) -> bool:
     """Print what every cell needs; False when one of them cannot end ok."""
     runs_here = settings is None or isinstance(settings, LocalSettings)
-    return print_preflight(command_line.cells, runs_here)
+    return print_preflight(command_line.cells, runs_here, command_line.settings)
 
 
 if __name__ == "__main__":

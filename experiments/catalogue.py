@@ -17,11 +17,13 @@ from experiments.accuracy_tables import (
     table3_commonsense,
     table6_ablation,
 )
+from experiments.bitwidths import bitwidth_rows, figure1_table
 from experiments.end_to_end import Timed, end_to_end_table, latencies, speedups, timed_rows
 from experiments.figures import draw_end_to_end, draw_figure6, draw_figure7
 from experiments.gemm import figure7_table
 from experiments.latency_tables import figure6_table, table4_latency, table5_gemm
 from experiments.measured import Measurement, Protocol, perplexities
+from experiments.mmlu import table_mmlu
 from experiments.sources import Sources
 from experiments.table import Table
 
@@ -85,6 +87,10 @@ CATALOGUE: dict[str, Entry] = {
         "common-sense accuracy",
         lambda sources, selection: table3_commonsense(selection.records(sources)),
     ),
+    "table_mmlu": Entry(
+        "MMLU accuracy by method and model",
+        lambda sources, selection: table_mmlu(selection.records(sources)),
+    ),
     "accuracy_tasks": Entry(
         "every lm-eval task that was measured",
         lambda sources, selection: accuracy_tasks(selection.records(sources)),
@@ -102,6 +108,11 @@ CATALOGUE: dict[str, Entry] = {
     "table6_ablation": Entry(
         "the recipe's steps, perplexity",
         lambda sources, selection: table6_ablation(selection.perplexities(sources)),
+    ),
+    "figure1_bitwidths": Entry(
+        "both stages by bit width",
+        lambda sources, selection: figure1_table(selection.timed(sources)),
+        lambda sources, path: draw_end_to_end(path, bitwidth_rows(timed_rows(sources.end_to_end, sources.records))),
     ),
     "figure6_speedup": Entry(
         "speed-up of W4A8 over FP16",

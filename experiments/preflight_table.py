@@ -9,37 +9,49 @@ from odyssey.preflight import Prediction, preflight
 _GIB = 2**30
 
 
-def print_preflight(cells: list[RootConfig], runs_here: bool = True) -> bool:
-    """Print the table; returns whether every cell can end ok as far as that can be told."""
+def print_preflight(cells: list[RootConfig], runs_here: bool = True, settings: list[str] | None = None) -> bool:
+    """Print the table; returns whether every cell can end ok as far as that can be told. settings: in which each cell
+    differs from the others."""
     predictions = [preflight(cell, runs_here) for cell in cells]
-    print(preflight_table(predictions).render("terminal"), flush=True)
+    print(preflight_table(predictions, settings).render("terminal"), flush=True)
     return all(prediction.can_run for prediction in predictions)
 
 
-def preflight_table(predictions: list[Prediction]) -> Table:
+def preflight_table(predictions: list[Prediction], settings: list[str] | None = None) -> Table:
     """One row per cell; below it what was found missing, each once with the cells that it concerns."""
     columns = (
         Column("cell", "cell", "{:d}"),
         Column("model", "model"),
         Column("method", "method"),
+        Column("settings", "settings"),
         Column("gpu", "GPU GiB", "{:.1f}"),
         Column("host", "host GiB", "{:.1f}"),
         Column("disk", "disk GiB", "{:.2f}"),
-        Column("minutes", "about min", "{:.0f}"),
+        Column("time", "about"),
         Column("checks", "checks"),
     )
-    rows = tuple(_row(number, prediction) for number, prediction in enumerate(predictions))
+    settings = settings or [""] * len(predictions)
+    rows = tuple(_row(number, *each) for number, each in enumerate(zip(predictions, settings, strict=True)))
     return Table("preflight", f"Preflight of {len(rows)} cells (predicted)", columns, rows, tuple(_notes(predictions)))
 
 
-def _row(number: int, prediction: Prediction) -> tuple:
+def _row(number: int, prediction: Prediction, settings: str) -> tuple:
     missing = [check.name for check in prediction.checks if check.ok is False]
     unsure = [f"{check.name}?" for check in prediction.checks if check.ok is None]
     figures = (None, None, None, None)
     if prediction.known:
         bytes_ = (prediction.gpu_bytes or None, prediction.host_bytes, prediction.disk_bytes)
-        figures = (*(None if each is None else each / _GIB for each in bytes_), prediction.seconds / 60)
-    return (number, prediction.model, prediction.label, *figures, ", ".join([*missing, *unsure]) or "ok")
+        figures = (*(None if each is None else each / _GIB for each in bytes_), _duration(prediction.seconds))
+    front = (number, prediction.model or None, prediction.label, settings or None)
+    return (*front, *figures, ", ".join([*missing, *unsure]) or "ok")
+
+
+def _duration(seconds: float) -> str:
+    """Rough, as the prediction is: minutes, hours or days."""
+    for limit, unit, size in ((5400, "min", 60), (48 * 3600, "h", 3600)):
+        if seconds < limit:
+            return f"{max(1, round(seconds / size))} {unit}"
+    return f"{round(seconds / 86400)} d"
 
 
 def _notes(predictions: list[Prediction]) -> list[str]:

@@ -13,11 +13,13 @@ from experiments.accuracy_tables import (
     table3_commonsense,
     table6_ablation,
 )
+from experiments.bitwidths import figure1_table
 from experiments.end_to_end import end_to_end_table, latencies, speedups, timed_rows
 from experiments.figures import draw_end_to_end, draw_figure6, draw_figure7, draw_gemm
 from experiments.gemm import figure7_table, gemm_table
 from experiments.latency_tables import figure6_table, table4_latency, table5_gemm
 from experiments.measured import Measurement, asked_datasets, perplexities, single_protocol
+from experiments.mmlu import table_mmlu
 from experiments.sources import Sources, load_sources
 from experiments.table import Table
 
@@ -66,7 +68,7 @@ def _accuracy(sources: Sources) -> list[str]:
             table = build(measurements)
             if table.rows:
                 sections.append(_section(table, options))
-    sections += [_section(build(sources.records)) for build in (table2_lambada, table3_commonsense)]
+    sections += [_section(build(sources.records)) for build in (table2_lambada, table3_commonsense, table_mmlu)]
     tasks = accuracy_tasks(sources.records)
     if tasks.rows:
         sections.append(_section(tasks))
@@ -94,7 +96,7 @@ def _latency(sources: Sources, directory: Path, written: list[Path]) -> list[str
     sections.append(_section(figure7_table(sources.gemm), picture=_picture(figures / "figure7_gemm_kinds", "figure 7")))
     sections.append(_section(table5_gemm(sources.gemm)))
     rows = timed_rows(sources.end_to_end, sources.records)
-    sections += ["## End to end\n", _section(table4_latency(latencies(rows)))]
+    sections += ["## End to end\n", _section(table4_latency(latencies(rows))), _section(figure1_table(rows))]
     written += draw_figure6(figures / "figure6_speedup", speedups(rows))
     sections.append(_section(figure6_table(speedups(rows)), picture=_picture(figures / "figure6_speedup", "figure 6")))
     if rows:

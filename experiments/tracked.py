@@ -39,9 +39,7 @@ def track_cell(tracking: TrackingConfig, record: dict, directory: Path, output_d
     return _send(job, cell_sources([(record, directory)]), only_measured=True)
 
 
-def track_sweep(
-    tracking: TrackingConfig, records: list[tuple[dict, Path]], directory: Path, group: str | None
-) -> bool:
+def track_sweep(tracking: TrackingConfig, records: list[tuple[dict, Path]], directory: Path, group: str | None) -> bool:
     """One run for the sweep: the paper's tables and figures of all its cells, and the overview."""
     job = TrackingJob(
         tracking=tracking,

@@ -161,9 +161,7 @@ def footprint(
     return Footprint(gpu, int(host), int(disk), seconds)
 
 
-def _timing_footprint(
-    root: RootConfig, sizes: ModelSizes, scheme: QuantScheme, on_gpu: bool, cores: int
-) -> Footprint:
+def _timing_footprint(root: RootConfig, sizes: ModelSizes, scheme: QuantScheme, on_gpu: bool, cores: int) -> Footprint:
     """Of a cell that times random weights: on a GPU the largest format decides, as those that do not fit together take
     turns alone; on CPU all are held together."""
     names = [name for name in root.latency.against if name in FORMATS]

@@ -25,9 +25,11 @@ from odyssey.errors import ConfigError
 
 @dataclass(frozen=True)
 class CommandLine:
-    """What the arguments ask for: the cells, whether they are a sweep, and the composed hydra.launcher of a sweep."""
+    """What the arguments ask for: the cells, the settings in which they differ from each other, whether they are a
+    sweep, and the composed hydra.launcher of a sweep."""
 
     cells: list[RootConfig]
+    settings: list[str] = field(default_factory=list)
     is_sweep: bool = False
     launcher: dict = field(default_factory=dict)
 
@@ -40,7 +42,9 @@ def check_command_line(arguments: list[str], config_dir: Path) -> CommandLine:
     with initialize_config_dir(str(config_dir), version_base="1.3"):
         jobs, launcher = _jobs(parsed)
         cells = [validate(_compose(overrides)) for overrides in jobs]
-    return CommandLine(cells, launcher is not None, launcher or {})
+    common = set(jobs[0]).intersection(*jobs) if len(jobs) > 1 else set(jobs[0])
+    settings = [" ".join(override for override in job if override not in common) for job in jobs]
+    return CommandLine(cells, settings, launcher is not None, launcher or {})
 
 
 def _jobs(parsed) -> tuple[list[list[str]], dict | None]:

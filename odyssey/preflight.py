@@ -84,7 +84,7 @@ def _disk_check(root: RootConfig, prediction: Prediction) -> Check:
     directory = Path(root.output_dir).expanduser().absolute()
     while not directory.exists():
         directory = directory.parent
-    if not os.access(directory, os.W_OK):
+    if not directory.is_dir() or not os.access(directory, os.W_OK):
         return Check("disk", False, f"output_dir={root.output_dir}: cannot be written")
     free = shutil.disk_usage(directory).free
     return Check("disk", free > prediction.disk_bytes, f"{free / 2**30:.0f} GiB free")
@@ -141,4 +141,3 @@ def _kernel_check(capability: float) -> Check:
         built = any(cache_dir().glob(f"*/{LIBRARY_NAME}"))
         return Check("kernels", built, "built before" if built else str(error))
     return Check("kernels", True, "compiled at first use")
-

@@ -212,5 +212,3 @@ def _hub_data_check(name: str, what: str) -> Check:
     if hub_reachable():
         return Check(name, True, f"{what} from the hub")
     return Check(name, None, f"{what}: not in data.root, and the hub cannot be reached; only a cached copy would do")
-
-

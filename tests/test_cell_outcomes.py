@@ -1,6 +1,7 @@
 """What goes wrong inside a cell becomes its outcome, and nothing that was finished is lost."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -14,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from odyssey.cell import Cell
 from odyssey.config import AccuracyConfig, CalibrationConfig, LatencyConfig, ModelConfig, RootConfig, TrackingConfig
+from odyssey.errors import GatedModelError, MissingDataError
 from odyssey.methods import settings_class
-from odyssey.tracking.wandb_tracker import scalars, track_cell
+from odyssey.outcomes import of_exception, of_exit
 
 TEXT = "Pack my box with five dozen liquor jugs. " * 40
 
@@ -100,10 +102,10 @@ def test_a_killed_cell_is_recorded_and_resumes(project_root, tmp_path):
     child.send_signal(signal.SIGKILL)
     _, errors = parent.communicate()
     assert parent.returncode == 1
-    assert "killed" in errors
+    assert "crash" in errors
     (path,) = tmp_path.glob("out/model/odyssey-*/record.json")
     record = json.loads(path.read_text())
-    assert record["outcome"] == "killed"
+    assert record["outcome"] == "crash"
     assert "SIGKILL" in record["reason"]
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
@@ -112,26 +114,43 @@ def test_a_killed_cell_is_recorded_and_resumes(project_root, tmp_path):
     assert record["quantization"]["resumed_blocks"] >= 1
 
 
-def test_tracking_logs_scalars_offline_and_survives_a_failure(tmp_path, capsys):
-    import wandb
+@pytest.mark.parametrize(
+    ("error", "outcome", "words"),
+    [
+        (GatedModelError("gated: log in"), "gated", "gated: log in"),
+        (MissingDataError("no text"), "missing-data", "no text"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"), "oom", "GPU memory.*2 GiB$"),
+        (RuntimeError("CUDA error: out of memory"), "oom", "GPU memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "oom", "GPU"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+         "oom", "host memory"),
+        (RuntimeError("unable to mmap 5 bytes from file <x>: Cannot allocate memory (12)"), "oom", "host memory"),
+        (RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be ..."),
+         "crash", "illegal memory access was encountered$"),
+        (RuntimeError("CUDA error: unspecified launch failure"), "crash", "launch failure"),
+        (RuntimeError("CUDA error: no kernel image is available for execution on the device"), "unsupported", "torch"),
+        (OSError(28, "No space left on device"), "failed", "disk space.*output_dir"),
+        (KeyError("x"), "failed", "KeyError"),
+    ],
+)  # fmt: skip
+def test_what_an_exception_makes_of_a_cell(error, outcome, words):
+    found, reason = of_exception(error)
+    assert found == outcome
+    assert re.search(words, reason)
+    assert "\n" not in reason
 
-    record = {
-        "digest": "abc", "outcome": "ok", "config": {"model": {"name": "m"}, "method": {"name": "rtn"}},
-        "accuracy": {"perplexity": {"file": {"value": 12.5, "windows": 3, "nll": [1.0], "simulated": False}}},
-    }  # fmt: skip
-    (tmp_path / "record.json").write_text(json.dumps(record))
-    assert scalars(record) == {"accuracy.perplexity.file.value": 12.5, "accuracy.perplexity.file.windows": 3}
-    track_cell(TrackingConfig(backend="wandb"), record, tmp_path, tmp_path)
-    (run_file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    assert b"accuracy.perplexity.file.value" in run_file.read_bytes()
-    assert capsys.readouterr().err.count("tracking: not logged") == 0
 
-    def refuse(*args, **kwargs):
-        raise PermissionError("read-only")
-
-    original, wandb.init = wandb.init, refuse
-    try:
-        track_cell(TrackingConfig(backend="wandb"), record, tmp_path, tmp_path)
-    finally:
-        wandb.init = original
-    assert "tracking: not logged (PermissionError: read-only)" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("code", "oom_killed", "outcome", "words"),
+    [
+        (-9, False, "crash", "SIGKILL"),
+        (-9, True, "oom", "for lack of memory"),
+        (-11, False, "crash", "SIGSEGV"),
+        (-6, True, "crash", "SIGABRT"),
+        (3, False, "crash", "code 3"),
+    ],
+)
+def test_what_an_exit_makes_of_a_cell(code, oom_killed, outcome, words):
+    found, reason = of_exit(code, oom_killed=oom_killed)
+    assert found == outcome
+    assert words in reason

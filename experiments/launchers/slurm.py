@@ -61,6 +61,7 @@ class CellJob:
     """What a Slurm job does: one cell, by its config file in the sweep's directory."""
 
     def __call__(self, sweep_dir: str, number: int) -> None:
+        from submitit import JobEnvironment
         from submitit.core.utils import UncompletedJobError
 
         config = read_config(Path(sweep_dir), number)
@@ -71,7 +72,8 @@ class CellJob:
             # submitit's word for the last time limit that may be reached.
             root = validate(config)
             digest, directory = locate_cell(root)
-            record = record_end(config, directory, digest, TIMEOUT, f"{error} {RESUME}, or raise time_min")
+            reason, log = f"{error} {RESUME}, or raise time_min", JobEnvironment().paths.stdout
+            record = record_end(config, directory, digest, TIMEOUT, reason, other_log=log)
             finish_job(config, CellResult(record, directory / RECORD_NAME, reused=False), Path(sweep_dir), number)
 
     def checkpoint(self, sweep_dir: str, number: int):

@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -33,9 +34,20 @@ def slurm(tmp_path_factory):
     saved = dict(os.environ)
     os.environ.update(PATH=SEARCH_PATH, SLURM_CONF=str(directory / "slurm.conf"))
     yield directory
+    _cancel_all()
     os.environ.clear()
     os.environ.update(saved)
     subprocess.run([START, "--stop", directory], check=True)
+
+
+def _cancel_all() -> None:
+    """What a failed test has left: its processes end with their jobs, before the daemons do."""
+    subprocess.run(["scancel", "--user=root"], check=False)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if not subprocess.run(["squeue", "--noheader"], capture_output=True, text=True, check=False).stdout.strip():
+            return
+        time.sleep(1)
 
 
 @pytest.fixture
