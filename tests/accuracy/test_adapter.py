@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from helpers.checkpoints import write_checkpoint
+from helpers.tasks import requests_of
 
 from odyssey.accuracy import adapter
 from odyssey.accuracy.adapter import HarnessModel
 from odyssey.accuracy.prefix_tree import pack
-from odyssey.data.task_files import task_source
 from odyssey.methods import build_method, settings_class
 from odyssey.models.load import load_model, load_tokenizer
 from odyssey.models.source import resolve_model
@@ -25,22 +25,6 @@ TASKS = [
     ("mmlu_astronomy", 5),
 ]  # fmt: skip
 MODELS = ("testbed-28m", "stories260k")
-
-
-def requests_of(name, num_fewshot, limit, root, cache):
-    """lm-eval's requests for the first `limit` items; None takes them all."""
-    from lm_eval.tasks import TaskManager
-
-    from odyssey.accuracy.harness import _compiled_once
-
-    source = task_source(name, str(root), cache)
-    manager = TaskManager(include_path=list(source.include_paths), include_defaults=False)
-    task = manager.load([name])["tasks"][name]
-    task.set_config(key="num_fewshot", value=num_fewshot)
-    task.set_fewshot_seed(seed=1234)
-    with _compiled_once():
-        task.build_all_requests(limit=limit, rank=0, world_size=1)
-    return task.instances
 
 
 def plain(model, tokenizer):

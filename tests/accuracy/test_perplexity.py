@@ -1,4 +1,6 @@
+import json
 import math
+import random
 
 import numpy as np
 import pytest
@@ -6,9 +8,21 @@ import torch
 from helpers.checkpoints import byte_tokenizer, write_checkpoint
 from transformers import AutoModelForCausalLM
 
-from odyssey.accuracy.perplexity import perplexity
+from odyssey.accuracy.perplexity import document_windows, perplexity
+from odyssey.cell import Cell
+from odyssey.config import (
+    AccuracyConfig,
+    CalibrationConfig,
+    DataConfig,
+    LatencyConfig,
+    ModelConfig,
+    PerplexityConfig,
+    RootConfig,
+    TrackingConfig,
+)
 from odyssey.data.texts import Corpus, load_corpus
 from odyssey.errors import MissingDataError
+from odyssey.methods import settings_class
 
 TEXT = "".join(chr(97 + (7 * i * i + i) % 26) for i in range(1000))
 
@@ -72,3 +86,97 @@ def test_published_value_of_the_testbed(evaluation_data):
     corpus = load_corpus("file", "test", path=str(evaluation_data / "data/wikitext2/wiki.test.tokens"))
     result = perplexity(load_model(source), load_tokenizer(source), corpus)
     assert result["value"] == pytest.approx(35.8, abs=0.05)
+
+
+def _documents(count=60):
+    """Of all lengths; a window of 48 bytes, which are tokens here, fits into some."""
+    letters = [chr(97 + (5 * i * i + 3 * i) % 26) for i in range(400)]
+    return ["".join(letters[n : n + 5 + (37 * n) % 120]) for n in range(count)]
+
+
+def _gptq_windows(documents, tokenizer, window, count, seed):
+    """The loop of GPTQ's reference code for C4's validation shard, on the global generator as there."""
+    state = random.getstate()
+    random.seed(seed)
+    windows = []
+    for _ in range(count):
+        while True:
+            i = random.randint(0, len(documents) - 1)
+            tokens = tokenizer(documents[i]).input_ids
+            if len(tokens) > window:
+                break
+        i = random.randint(0, len(tokens) - window - 1)
+        windows.append(tokens[i : i + window])
+    random.setstate(state)
+    return windows
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_c4_windows_are_drawn_as_in_gptqs_code(seed):
+    documents, tokenizer = _documents(), byte_tokenizer()
+    state = random.getstate()
+    found = document_windows(Corpus("c4", documents, "shard"), tokenizer, window=48, count=40, seed=seed)
+    assert random.getstate() == state
+    assert found.tolist() == _gptq_windows(documents, tokenizer, 48, 40, seed)
+
+
+def test_c4_has_256_windows_unless_fewer_are_asked_for(model):
+    corpus = Corpus("c4", _documents(), "shard")
+    whole = perplexity(model, byte_tokenizer(), corpus, window=48)
+    part = perplexity(model, byte_tokenizer(), corpus, window=48, max_windows=20)
+    other = perplexity(model, byte_tokenizer(), corpus, window=48, max_windows=20, seed=1)
+    assert (whole["windows"], whole["tokens"], whole["dataset"]) == (256, 256 * 48, "c4")
+    assert part["nll"] == whole["nll"][:20]
+    assert other["tokens_sha256"] != part["tokens_sha256"]
+    assert [each["protocol"] for each in (whole, part, other)] == [
+        f"windows of {count} random documents that are long enough, seed {seed}"
+        for count, seed in ((256, 0), (20, 0), (20, 1))
+    ]
+    expected = []
+    for tokens in _gptq_windows(corpus.documents, byte_tokenizer(), 48, 20, 0):
+        with torch.no_grad():
+            logits = model(torch.tensor(tokens)[None]).logits[0].double().numpy()
+        log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        expected.append(-np.mean([log_probabilities[i, tokens[i + 1]] for i in range(47)]))
+    assert part["value"] == pytest.approx(math.exp(np.mean(expected)), rel=1e-6)
+
+
+def test_c4_without_a_long_document_is_missing_data(model):
+    with pytest.raises(MissingDataError, match="no document of shard has more than accuracy.perplexity.window=250"):
+        perplexity(model, byte_tokenizer(), Corpus("c4", _documents(), "shard"), window=250)
+
+
+def test_a_cell_measures_several_data_sets(tmp_path, no_hub):
+    """One that is missing costs no other."""
+    (tmp_path / "wikitext2").mkdir()
+    (tmp_path / "wikitext2/wiki.test.raw").write_text(TEXT[:500] + "\n")
+    shard = tmp_path / "c4/c4-validation.jsonl"
+    record = _cell(tmp_path, also=["c4", "embedded"])
+    assert record["outcome"] == "missing-data"
+    assert "fetch --tasks c4" in record["reason"]
+    assert list(record["accuracy"]["perplexity"]) == ["wikitext2", "embedded"]
+    shard.parent.mkdir()
+    shard.write_text("".join(json.dumps({"text": text}) + "\n" for text in _documents()))
+    record = _cell(tmp_path, also=["c4"])
+    results = record["accuracy"]["perplexity"]
+    assert record["outcome"] == "ok"
+    assert list(results) == ["wikitext2", "c4"]
+    assert (results["c4"]["windows"], results["c4"]["simulated"]) == (6, False)
+    named = _cell(tmp_path, dataset="c4", path=str(shard), also=["wikitext2"])["accuracy"]["perplexity"]
+    assert named["c4"]["nll"] == results["c4"]["nll"]
+    assert named["wikitext2"]["nll"] == results["wikitext2"]["nll"]
+
+
+def _cell(root, dataset="wikitext2", **settings):
+    config = RootConfig(
+        method=settings_class("fp16")(),
+        model=ModelConfig(name="local", path=str(write_checkpoint(root / "model"))),
+        calibration=CalibrationConfig(),
+        accuracy=AccuracyConfig(perplexity=PerplexityConfig(dataset=dataset, window=48, max_windows=6, **settings)),
+        latency=LatencyConfig(),
+        tracking=TrackingConfig(),
+        data=DataConfig(root=str(root)),
+        output_dir=str(root / "out"),
+        device="cpu",
+    )
+    return Cell(config, {}, "digest", root / "cell").run()
