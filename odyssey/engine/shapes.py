@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import LlamaConfig, PreTrainedConfig
+from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from odyssey.errors import UnsupportedError
@@ -126,10 +126,12 @@ _KNOWN = {
     "llama2-70b": (8192, 28672, 80, 64, 8, 32000, 4096, 1e-5, 1e4),
     "llama3-8b": (4096, 14336, 32, 32, 8, 128256, 8192, 1e-5, 5e5),
     "llama3-70b": (8192, 28672, 80, 64, 8, 128256, 8192, 1e-5, 5e5),
+    "mistral-7b": (4096, 14336, 32, 32, 8, 32000, 32768, 1e-5, 1e4),
+    "qwen2.5-7b": (3584, 18944, 28, 28, 4, 152064, 131072, 1e-6, 1e6),
 }
 
 
-def known_config(name: str) -> LlamaConfig:
+def known_config(name: str) -> PreTrainedConfig:
     """The configuration of a published model by its name in conf/model, for timing its shapes without its files.
 
     Raises UnsupportedError, naming those that are known.
@@ -140,8 +142,12 @@ def known_config(name: str) -> LlamaConfig:
             f"or one of {', '.join(_KNOWN)}"
         )
     hidden, intermediate, layers, heads, kv_heads, vocabulary, positions, eps, base = _KNOWN[name]
-    return LlamaConfig(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, vocab_size=vocabulary, max_position_embeddings=positions, rms_norm_eps=eps,
-        rope_parameters={"rope_type": "default", "rope_theta": base}, tie_word_embeddings=False, dtype="float16",
-    )  # fmt: skip
+    sizes = {
+        "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocabulary,
+        "max_position_embeddings": positions, "rms_norm_eps": eps, "tie_word_embeddings": False, "dtype": "float16",
+        "rope_parameters": {"rope_type": "default", "rope_theta": base},
+    }  # fmt: skip
+    if name.startswith("mistral"):
+        return MistralConfig(**sizes, sliding_window=4096)
+    return Qwen2Config(**sizes) if name.startswith("qwen") else LlamaConfig(**sizes)
