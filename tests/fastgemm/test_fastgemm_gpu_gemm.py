@@ -170,6 +170,36 @@ def test_cuda_graph_replays_on_new_inputs(arch, bits, m):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("m", [1, 16, 40, 96, 192, 300])
+def test_weights_ready_changes_nothing_in_a_chain_of_dependent_kernels(bits, m):
+    # Square, odd in 256 columns, wider than one wave of tiles; every product reads what the kernel before it wrote.
+    sizes = [(4096, 4096), (1152, 4096), (17024, 1152), (4096, 17024)]
+    problems = [Problem(m, n, k, bits, seed) for seed, (n, k) in enumerate(sizes)]
+
+    def chain(h, ready):
+        for p in problems:
+            q, scale = fastgemm.quantize_per_token(h)
+            function = fastgemm.w4a8_gemm if bits == 4 else fastgemm.w8a8_gemm
+            h = function(q, scale, p.stored, p.w_scale, None, torch.float32, weights_ready=ready)
+        return h
+
+    h = torch.randn(m, 4096, device="cuda")
+    chain(h, True)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain(h, True)
+    for _ in range(5):
+        h.normal_()
+        torch.cuda.synchronize()
+        expected = chain(h, False)
+        torch.cuda.synchronize()
+        graph.replay()
+        assert torch.equal(y, expected)
+        assert torch.equal(chain(h, True), expected)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
 def test_misaligned_and_strided_arguments(arch, bits):
     p = Problem(9, 96, 256, bits)
     expected = p.run(arch, None, torch.float32)

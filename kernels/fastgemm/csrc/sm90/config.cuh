@@ -8,20 +8,22 @@
 
 namespace fg::sm90 {
 
-constexpr int kStepK = 128;             // reduction elements per pipeline stage
+constexpr int kBoxK = 128;              // reduction elements of a tensor copy: 128 bytes, the width of the swizzle
 constexpr int kPackedTile = 2048;       // bytes of a packed 64 x 64 int4 tile
 constexpr int kConsumerGroups = 2;
 constexpr int kConsumerThreads = 128 * kConsumerGroups;
 constexpr int kThreads = kConsumerThreads + 128;
 constexpr int kConsumerWarps = kConsumerThreads / 32;
-constexpr int kMaxStages = 16;
+constexpr int kMaxStages = 20;
+constexpr int kPrefetchBytes = 131072;  // of weights that a CTA brings into L2 while the preceding kernel runs
 constexpr int kSharedLimit = 232448;    // bytes of shared memory a block may use on sm_90
 
-template <bool kInt4_, int kBlocks_, int kTokens_>
+template <bool kInt4_, int kBlocks_, int kTokens_, int kStepK_ = kBoxK>
 struct Config {
   static constexpr bool kInt4 = kInt4_;     // int4 weights from registers, otherwise int8 weights from shared memory
   static constexpr int kBlocks = kBlocks_;  // 64-row blocks per consumer warpgroup
   static constexpr int kTokens = kTokens_;  // wgmma n
+  static constexpr int kStepK = kStepK_;    // reduction elements per pipeline stage
   static constexpr int kRowBlocks = kConsumerGroups * kBlocks;
   static constexpr int kRows = 64 * kRowBlocks;
 
@@ -105,7 +107,8 @@ struct Params {
   int stages;
   int out_dtype;
   int stream_weights;    // weights are read once: do not keep them in L2
-  int prefetch_weights;  // the preceding kernel does not write the weights: load them before it has finished
+  int ahead_steps;       // steps whose weights are requested while the preceding kernel may still run
+  int weights_ready;     // the preceding kernel does not write the weights: load them before it has finished
 };
 
 }  // namespace fg::sm90

@@ -1,4 +1,4 @@
-// The sm_90a GEMM kernel: one producer thread feeds a shared-memory pipeline, two consumer warpgroups multiply.
+// The sm_90a GEMM kernel: two producer threads feed a shared-memory pipeline, two consumer warpgroups multiply.
 #pragma once
 
 #include "../common/ptx_barrier.cuh"
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::prefetch_tensor_map(&x_map);
     if (!C::kInt4) ptx::prefetch_tensor_map(&w_map);
     for (int i = 0; i < p.stages; ++i) {
-      ptx::barrier_init(s.full + 8 * i, 1);
+      ptx::barrier_init(s.full + 8 * i, 2);
       ptx::barrier_init(s.empty + 8 * i, kConsumerWarps);
     }
     ptx::barrier_init(s.received, 1);
@@ -192,7 +192,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x >= kConsumerThreads) {
     ptx::registers_decrease<40>();
     if (p.split > 1) ptx::cluster_arrive_relaxed();
-    if (threadIdx.x == kConsumerThreads) produce<C>(p, &x_map, &w_map, s, rank);
+    if (threadIdx.x == kConsumerThreads) produce_weights<C>(p, &w_map, s, rank);
+    else if (threadIdx.x == kConsumerThreads + 32) produce_tokens<C>(p, &x_map, s, rank);
     __syncwarp();
     if (p.split > 1) ptx::cluster_wait();
   } else {

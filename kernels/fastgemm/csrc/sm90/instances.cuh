@@ -7,20 +7,24 @@ namespace fg::sm90 {
 
 template <bool kInt4>
 int launch_plan(const GemmArgs& a, const Plan& plan) {
-#define FG_INSTANCE(blocks_, tokens_) \
-  if (plan.blocks == blocks_ && plan.tokens == tokens_) return launch<Config<kInt4, blocks_, tokens_>>(a, plan);
-  FG_INSTANCE(1, 8)
-  FG_INSTANCE(1, 16)
-  FG_INSTANCE(1, 32)
-  FG_INSTANCE(1, 64)
-  FG_INSTANCE(2, 8)
-  FG_INSTANCE(2, 16)
-  FG_INSTANCE(2, 32)
-  FG_INSTANCE(2, 64)
-  FG_INSTANCE(2, 96)
-  FG_INSTANCE(2, 128)
-  FG_INSTANCE(1, 128)
-  FG_INSTANCE(1, 256)
+#define FG_INSTANCE(blocks_, tokens_, step_k_)          \
+  if (plan.blocks == blocks_ && plan.tokens == tokens_) \
+    return launch<Config<kInt4, blocks_, tokens_, step_k_>>(a, plan);
+  // With few tokens the requests for a stage take longer than the loads themselves: stages twice as long.
+  if (kInt4 && a.k % (2 * kBoxK) == 0) {
+    FG_INSTANCE(1, 8, kInt4 ? 2 * kBoxK : kBoxK)
+    FG_INSTANCE(1, 16, kInt4 ? 2 * kBoxK : kBoxK)
+  }
+  FG_INSTANCE(1, 8, kBoxK)
+  FG_INSTANCE(1, 16, kBoxK)
+  FG_INSTANCE(1, 32, kBoxK)
+  FG_INSTANCE(1, 64, kBoxK)
+  FG_INSTANCE(1, 96, kBoxK)
+  FG_INSTANCE(1, 128, kBoxK)
+  FG_INSTANCE(1, 192, kBoxK)
+  FG_INSTANCE(1, 256, kBoxK)
+  FG_INSTANCE(2, 64, kBoxK)
+  FG_INSTANCE(2, 128, kBoxK)
 #undef FG_INSTANCE
   return FG_ERROR_SIZE;
 }

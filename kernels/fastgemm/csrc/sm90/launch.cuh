@@ -64,7 +64,9 @@ int resident_clusters(int device, int size, int* clusters) {
 
 template <class C>
 int launch(const GemmArgs& a, const Plan& plan) {
-  const int cluster = plan.split;
+  const int k_steps = static_cast<int>((a.k + C::kStepK - 1) / C::kStepK);
+  int cluster = plan.split;
+  while (cluster > k_steps) cluster /= 2;  // every CTA of a cluster multiplies
   int device = 0, clusters = 0;
   const cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) return cuda_code(status);
@@ -80,7 +82,7 @@ int launch(const GemmArgs& a, const Plan& plan) {
   p.m = static_cast<int>(a.m);
   p.n = static_cast<int>(a.n);
   p.k_blocks = static_cast<int>((a.k + 63) / 64);
-  p.k_steps = static_cast<int>((a.k + kStepK - 1) / kStepK);
+  p.k_steps = k_steps;
   p.row_blocks = static_cast<int>((a.n + 63) / 64);
   p.row_tiles = static_cast<int>((a.n + C::kRows - 1) / C::kRows);
   p.token_tiles = static_cast<int>((a.m + C::kTokens - 1) / C::kTokens);
@@ -88,19 +90,22 @@ int launch(const GemmArgs& a, const Plan& plan) {
   p.group = (p.token_tiles + groups - 1) / groups;
   const int64_t tiles = static_cast<int64_t>(p.row_tiles) * p.token_tiles;
   const int64_t wave = static_cast<int64_t>(clusters) * cluster;
-  p.split = plan.split;
-  while ((1 << p.split_shift) < plan.split) ++p.split_shift;
-  p.whole_tiles = static_cast<int>(plan.split == 1 ? tiles : tiles / wave * wave);
+  p.split = cluster;
+  while ((1 << p.split_shift) < cluster) ++p.split_shift;
+  p.whole_tiles = static_cast<int>(cluster == 1 ? tiles : tiles / wave * wave);
   const bool tensor_store = C::kTensorStore && p.whole_tiles > 0;
-  p.stages = pipeline_stages<C>(plan.split, tensor_store);
+  p.stages = pipeline_stages<C>(cluster, tensor_store);
   p.out_dtype = a.out_dtype;
   p.stream_weights = p.token_tiles == 1;
-  p.prefetch_weights = a.weights_ready;
+  p.weights_ready = a.weights_ready;
+  p.ahead_steps = p.stages;
+  if (!a.weights_ready && p.ahead_steps > kPrefetchBytes / C::kWeightBytes)
+    p.ahead_steps = kPrefetchBytes / C::kWeightBytes;
 
   CUtensorMap x_map{}, w_map{}, out_map{};
-  code = encode_tensor_map(&x_map, a.x, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.m, a.k, C::kTokens, kStepK);
+  code = encode_tensor_map(&x_map, a.x, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.m, a.k, C::kTokens, kBoxK);
   if (code == FG_OK && !C::kInt4)
-    code = encode_tensor_map(&w_map, a.w, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.n, a.k, C::kRows, kStepK);
+    code = encode_tensor_map(&w_map, a.w, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.n, a.k, C::kRows, kBoxK);
   if (code == FG_OK && tensor_store) {
     const bool wide = a.out_dtype == FG_I32 || a.out_dtype == FG_F32;
     code = encode_tensor_map(&out_map, a.out, wide ? CU_TENSOR_MAP_DATA_TYPE_UINT32 : CU_TENSOR_MAP_DATA_TYPE_UINT16,

@@ -23,12 +23,12 @@ __device__ __forceinline__ void pin(int (&acc)[C::kBlocks][C::kTokens / 2]) {
 
 // Packed words of one stage -> registers: one 16-byte load per 64-row block and 64 reduction elements.
 template <class C>
-__device__ __forceinline__ void load_packed(uint4 (&raw)[2][C::kBlocks], uint32_t address) {
+__device__ __forceinline__ void load_packed(uint4 (&raw)[C::kStepK / 64][C::kBlocks], uint32_t address) {
 #pragma unroll
-  for (int h = 0; h < 2; ++h)
+  for (int h = 0; h < C::kStepK / 64; ++h)
 #pragma unroll
     for (int r = 0; r < C::kBlocks; ++r)
-      raw[h][r] = ptx::load_shared_16(address + r * (64 * kStepK / 2) + h * kPackedTile);
+      raw[h][r] = ptx::load_shared_16(address + r * (64 * C::kStepK / 2) + h * kPackedTile);
 }
 
 __device__ __forceinline__ void unpack(uint32_t (&a)[2][4], const uint4& w) {
@@ -42,13 +42,14 @@ __device__ __forceinline__ void unpack(uint32_t (&a)[2][4], const uint4& w) {
   a[1][3] = (w.w << 4) & 0xF0F0F0F0u;
 }
 
-// int4: the A fragments are double-buffered; those of one half step are built while the tensor cores run the other.
+// int4: the A fragments are double-buffered; those of 64 columns are built while the tensor cores work on the 64 before.
 template <class C>
 __device__ __forceinline__ void multiply_int4(int (&acc)[C::kBlocks][C::kTokens / 2], const Params& p, const Shared& s,
                                               StagePosition& at, int steps, int group, int lane) {
+  constexpr int kParts = C::kStepK / 64;
   const uint32_t thread_weights =
-      s.stages + C::kTokenBytes + group * C::kBlocks * (64 * kStepK / 2) + threadIdx.x % 128 * 16;
-  uint4 raw[2][C::kBlocks];
+      s.stages + C::kTokenBytes + group * C::kBlocks * (64 * C::kStepK / 2) + threadIdx.x % 128 * 16;
+  uint4 raw[kParts][C::kBlocks];
   uint32_t fragment[2][C::kBlocks][2][4];
   ptx::barrier_wait(s.full + 8 * at.stage, at.phase);
   load_packed<C>(raw, thread_weights + at.stage * C::kStageBytes);
@@ -57,30 +58,30 @@ __device__ __forceinline__ void multiply_int4(int (&acc)[C::kBlocks][C::kTokens 
     const uint64_t tokens = ptx::swizzled_descriptor(s.stages + at.stage * C::kStageBytes);
     const int current = at.stage;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
+    for (int h = 0; h < kParts; ++h) {
+      auto& a = fragment[h % 2];
 #pragma unroll
-      for (int r = 0; r < C::kBlocks; ++r) unpack(fragment[h][r], raw[h][r]);
+      for (int r = 0; r < C::kBlocks; ++r) unpack(a[r], raw[h][r]);
 #pragma unroll
-      for (int i = 0; i < 8 * C::kBlocks; ++i) ptx::wgmma_pin(fragment[h][i / 8][i / 4 % 2][i % 4]);
+      for (int i = 0; i < 8 * C::kBlocks; ++i) ptx::wgmma_pin(a[i / 8][i / 4 % 2][i % 4]);
       pin<C>(acc);
       ptx::wgmma_fence();
+      const uint64_t columns = tokens + h / 2 * (C::kTokens * kBoxK / 16) + 4 * (h % 2);
 #pragma unroll
       for (int kk = 0; kk < 2; ++kk)
 #pragma unroll
         for (int r = 0; r < C::kBlocks; ++r)
-          ptx::Wgmma<C::kTokens>::rs(acc[r], fragment[h][r][kk], tokens + 4 * h + 2 * kk, step | h | kk);
+          ptx::Wgmma<C::kTokens>::rs(acc[r], a[r][kk], columns + 2 * kk, step | h | kk);
       ptx::wgmma_commit();
-      if (h == 0) {
-        ptx::wgmma_wait<1>();
-        if (step > 0) release_stage(s, previous, lane);
-      } else {
+      if (h == kParts - 1) {
         at.advance(p.stages);
         if (step + 1 < steps) {
           ptx::barrier_wait(s.full + 8 * at.stage, at.phase);
           load_packed<C>(raw, thread_weights + at.stage * C::kStageBytes);
         }
-        ptx::wgmma_wait<1>();
       }
+      ptx::wgmma_wait<1>();
+      if (h == 0 && step > 0) release_stage(s, previous, lane);
     }
     previous = current;
   }
@@ -97,14 +98,14 @@ __device__ __forceinline__ void multiply_int8(int (&acc)[C::kBlocks][C::kTokens 
     ptx::barrier_wait(s.full + 8 * at.stage, at.phase);
     const uint32_t base = s.stages + at.stage * C::kStageBytes;
     const uint64_t tokens = ptx::swizzled_descriptor(base);
-    const uint64_t weights = ptx::swizzled_descriptor(base + C::kTokenBytes + group * C::kBlocks * 64 * kStepK);
+    const uint64_t weights = ptx::swizzled_descriptor(base + C::kTokenBytes + group * C::kBlocks * 64 * C::kStepK);
     pin<C>(acc);
     ptx::wgmma_fence();
 #pragma unroll
     for (int kk = 0; kk < 4; ++kk)
 #pragma unroll
       for (int r = 0; r < C::kBlocks; ++r)
-        ptx::Wgmma<C::kTokens>::ss(acc[r], weights + r * (64 * kStepK / 16) + 2 * kk, tokens + 2 * kk, step | kk);
+        ptx::Wgmma<C::kTokens>::ss(acc[r], weights + r * (64 * C::kStepK / 16) + 2 * kk, tokens + 2 * kk, step | kk);
     ptx::wgmma_commit();
     ptx::wgmma_wait<1>();
     if (step > 0) release_stage(s, previous, lane);

@@ -12,19 +12,19 @@ struct Shape {
 };
 
 // Must match the instances of instances.cuh.
-constexpr Shape kShapes[] = {{1, 8},  {1, 16},  {1, 32},  {1, 64}, {2, 8},   {2, 16},
-                             {2, 32}, {2, 64}, {2, 96}, {1, 128}, {2, 128}, {1, 256}};
+constexpr Shape kShapes[] = {{1, 8},  {1, 16},  {1, 32}, {1, 64},  {1, 96},
+                             {2, 64}, {1, 128}, {2, 128}, {1, 192}, {1, 256}};
 
 // Constants of the time estimate, fitted to measured times of all plans on an H100 SXM (docs/fastgemm.md).
-constexpr double kCyclesPerUs = 1620;         // multiprocessor clock
-constexpr double kSharedBytesPerUs = 70400;   // operands into one multiprocessor, weights found in L2
-constexpr double kStreamBytesPerUs = 46800;   // weights into one multiprocessor from device memory
-constexpr double kDeviceBytesPerUs = 3.19e6;  // weights from device memory, whole device
-constexpr double kEpilogueUs = 0.0094;        // per 64-row block of a warpgroup and token of a tile
-constexpr double kReduceUs = 1.0;             // per doubling of the cluster
-constexpr double kExchangeUs = 0.0129;        // per 64-row block and token that is exchanged
-constexpr double kNarrowInt4 = 1.09;          // tensor core time with fewer than 256 tokens, relative
-constexpr double kNarrowInt8 = 1.24;
+constexpr double kCyclesPerUs = 1690;         // multiprocessor clock
+constexpr double kSharedBytesPerUs = 70500;   // operands into one multiprocessor, weights found in L2
+constexpr double kStreamBytesPerUs = 25600;   // weights into one multiprocessor from device memory
+constexpr double kDeviceBytesPerUs = 3.3e6;   // weights from device memory, whole device
+constexpr double kEpilogueUs = 0.0174;        // per 64-row block of a warpgroup and token of a tile
+constexpr double kReduceUs = 0.4;             // per doubling of the cluster
+constexpr double kExchangeUs = 0.05;          // per 64-row block and token that is exchanged
+constexpr double kNarrowInt4 = 1.02;          // tensor core time with fewer than 256 tokens, relative
+constexpr double kNarrowInt8 = 1.26;
 
 int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
@@ -58,14 +58,15 @@ double estimate_us(int kind, int64_t m, int64_t n, int64_t k, int sms, Shape sha
 }  // namespace
 
 Plan choose_plan(int kind, int64_t m, int64_t n, int64_t k, int sms) {
-  // Few tokens: the narrowest tile that holds them all.
+  // Few tokens: the narrowest tile that holds them all; up to 96: one that holds them all.
   int narrow = 8;
   while (narrow < m && narrow < 64) narrow *= 2;
+  const int least = m <= 96 ? 96 : 64;
   const int steps = ceil_div(k, 128);
   Plan best{};
   double best_us = INFINITY;
   for (const Shape shape : kShapes) {
-    if (m <= 64 ? shape.tokens != narrow : shape.tokens < 64) continue;
+    if (m <= 64 ? shape.tokens != narrow : shape.tokens < least) continue;
     for (int split = 1; split <= 8; split *= 2) {
       if (split > 1 && steps < 2 * split) break;
       const double us = estimate_us(kind, m, n, k, sms, shape, split);
