@@ -21,9 +21,7 @@ from .checks import (
     check_w8a8_gemm,
 )
 
-_GEMM_TAIL = (
-    "Tensor w_scale, Tensor? bias, ScalarType out_dtype, int arch=0, bool weights_ready=False) -> Tensor"
-)
+_GEMM_TAIL = "Tensor w_scale, Tensor? bias, ScalarType out_dtype, int arch=0, bool weights_ready=False) -> Tensor"
 _SCHEMAS = {
     "w4a8_gemm": "(Tensor x, Tensor x_scale, Tensor w_packed, " + _GEMM_TAIL,
     "w8a8_gemm": "(Tensor x, Tensor x_scale, Tensor w, " + _GEMM_TAIL,
