@@ -17,7 +17,14 @@ from experiments.measured import (
     task_averages,
     with_differences,
 )
-from experiments.paired import NOTE, accuracy_pair, average_pair, percentage_pair, perplexity_pair, with_reference
+from experiments.paired import (
+    accuracy_pair,
+    average_pair,
+    pair_note,
+    percentage_pair,
+    perplexity_pair,
+    with_reference,
+)
 from experiments.style import method_name, method_rank
 from experiments.table import Column, Table
 
@@ -85,7 +92,7 @@ def _perplexity_table(name: str, measurements: Sequence[Measurement], dataset: s
         rank=lambda cell: (*model_rank(cell[0]), method_rank(cell[1]), cell[2]),
         number="{:.3f}",
         signed="{:+.3f}",
-        notes=(*_protocol_lines(protocol), *([_PAPER_PROTOCOL] if papers else ()), *_pair_note(shown)),
+        notes=(*_protocol_lines(protocol), *([_PAPER_PROTOCOL] if papers else ()), *pair_note(shown)),
     )
 
 
@@ -109,7 +116,7 @@ def table6_ablation(measurements: Sequence[Measurement]) -> Table:
         rank=lambda cell: (*model_rank(cell[0]), cell[1], _RECIPE_ORDER.index(cell[2])),
         number="{:.3f}",
         signed="{:+.3f}",
-        notes=(*_protocol_notes(protocol), *_pair_note(shown)),
+        notes=(*_protocol_notes(protocol), *pair_note(shown)),
     )
 
 
@@ -126,7 +133,7 @@ def table2_lambada(records: Sequence[dict] = ()) -> Table:
         with_differences(measurements, lambda each: (each.model, each.method, each.format)),
         labels=lambda cell: (model_name(cell[0]), method_name(cell[1]), cell[2]),
         rank=lambda cell: (*model_rank(cell[0]), method_rank(cell[1]), cell[2]),
-        notes=(*_protocol_lines(protocol), *_pair_note(measurements)),
+        notes=(*_protocol_lines(protocol), *pair_note(measurements)),
     )
 
 
@@ -139,7 +146,7 @@ def table3_commonsense(records: Sequence[dict] = ()) -> Table:
     measured, notes = {}, []
     for task, single in by_task.items():
         found = with_reference(single, average_pair if task == "average" else accuracy_pair)
-        notes += [note for note in _pair_note(found) if note not in notes]
+        notes += [note for note in pair_note(found) if note not in notes]
         protocol = single_protocol(found)
         notes += [f"Protocol of {task}: {protocol}."] if protocol else []
         cells = with_differences(found, lambda each: (each.model, each.method, each.format))
@@ -190,7 +197,7 @@ def accuracy_tasks(records: Sequence[dict] = ()) -> Table:
             *paired_values(each.paired, "{:+.4f}"), each.device, each.commit,
             ", ".join(filter(None, (limited, each.note))) or None,
         ))  # fmt: skip
-    notes = _pair_note([each for _, each in found])
+    notes = pair_note([each for _, each in found])
     return Table("accuracy_tasks", "Accuracy of every lm-eval task", columns, tuple(rows), notes)
 
 
@@ -211,10 +218,6 @@ def _without_c4(measurements: Sequence[Measurement]) -> list[Measurement]:
 
 def _protocol_lines(protocol: Protocol | None) -> tuple[str, ...]:
     return (f"Protocol: {protocol}.",) if protocol else ()
-
-
-def _pair_note(measurements: Sequence[Measurement]) -> tuple[str, ...]:
-    return (NOTE,) if any(each.paired is not None for each in measurements) else ()
 
 
 def _is_papers(protocol: Protocol | None) -> bool:

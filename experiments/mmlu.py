@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from experiments.accuracy_tables import model_name, model_rank
 from experiments.comparison import comparison_table
 from experiments.measured import single_protocol, task_accuracies, with_differences
+from experiments.paired import pair_note, percentage_pair, with_reference
 from experiments.paper import METHOD_FORMATS, MODEL_NAMES
 from experiments.style import method_name, method_rank
 from experiments.table import Column, Table
@@ -16,7 +17,7 @@ TASK = "mmlu"
 
 def table_mmlu(records: Sequence[dict] = ()) -> Table:
     """Accuracy in percent, 5-shot, of all questions of the 57 subjects. Raises MixedProtocolsError."""
-    measurements = task_accuracies(records, TASK, scale=100)
+    measurements = with_reference(task_accuracies(records, TASK, scale=100), percentage_pair)
     protocol = single_protocol(measurements)
     measured = with_differences(measurements, lambda each: (each.model, each.method, each.format))
     # The cells of the paper's models have their place before they are measured.
@@ -31,5 +32,5 @@ def table_mmlu(records: Sequence[dict] = ()) -> Table:
         measured,
         labels=lambda cell: (model_name(cell[0]), method_name(cell[1]), cell[2]),
         rank=lambda cell: (*model_rank(cell[0]), method_rank(cell[1]), cell[2]),
-        notes=(f"Protocol: {protocol}.",) if protocol else (),
+        notes=(*((f"Protocol: {protocol}.",) if protocol else ()), *pair_note(measurements)),
     )

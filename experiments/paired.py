@@ -34,6 +34,11 @@ def with_reference(
     return paired
 
 
+def pair_note(measurements: Sequence[Measurement]) -> tuple[str, ...]:
+    """What the columns of a comparison mean, for a table that has one."""
+    return (NOTE,) if any(each.paired is not None for each in measurements) else ()
+
+
 def _cell(measurement: Measurement) -> tuple:
     checkpoint = (measurement.config or {}).get("checkpoint")
     return measurement.model, checkpoint, measurement.protocol, measurement.tokens, measurement.device
