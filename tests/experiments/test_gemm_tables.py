@@ -72,6 +72,17 @@ def test_figure7_compares_ratios():
     assert rows["FastGEMM W4A8 (mma.sync)"]["measured_ratio"] == 1.0
 
 
+def test_figure7_has_both_phases():
+    kinds = [("fastgemm-sm80", 100.0), ("grouped", 150.0), ("fastgemm", 50.0)]
+    result = gemm_result([(4096, 4096, 1024, kernel, time, True) for kernel, time in kinds])
+    result["rows"] += KINDS["rows"]
+    assert list(gemm_kinds(result)) == ["4096 x 4096", "4096 x 4096, M = 1024"]
+    table = figure7_table([result])
+    prefill = {row[1]: row[2:7] for row in table.rows if row[0] == "4096 x 4096, M = 1024"}
+    assert prefill["fine-grained g128"] == (150.0, 1.5, None, None, None)
+    assert prefill["FastGEMM W4A8"][1] == 0.5
+
+
 def test_figure7_without_measured_kinds_has_the_papers():
     table = figure7_table([RESULT])
     assert [row[2] for row in table.rows] == [None] * 3
