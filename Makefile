@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup run test test-slow lint tables bench clean reference-env reference
+.PHONY: help setup run test test-slow test-cluster lint tables bench clean reference-env reference
 
 help:
 	@echo "make run    set up, then quantize and measure the embedded model with every method (CPU, no network)"
 	@echo "make test   set up, then run the tests"
 	@echo "make lint   ruff"
 	@echo "make test-slow   the tests that take minutes"
+	@echo "make test-cluster   sweeps on a real Slurm on this machine (root, slurm-wlm and munge installed)"
 	@echo "make tables  draw results/README.md from the committed records"
 	@echo "make reference-env  a second environment with the libraries that the baselines are compared with"
 	@echo "make reference  compare the baselines with them"
@@ -34,6 +35,9 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+test-cluster: setup
+	CLUSTER_REPORT=results/cluster/report.md $(BIN)/python -m pytest -m cluster tests/cluster
 
 lint: setup
 	$(BIN)/ruff check .
