@@ -10,6 +10,9 @@ import pytest
 from helpers.checkpoints import write_checkpoint
 from helpers.sweeps import assert_same_results, outcomes, records, run, start
 
+# Each of these starts several processes that import torch.
+pytestmark = pytest.mark.timeout(900)
+
 TEXT = "Sphinx of black quartz, judge my vow. " * 120
 FIRST_BLOCK = "out/model/checkpoints/{method}-*/block-00000.safetensors"
 
@@ -30,17 +33,18 @@ def _arguments(workspace, *more: str, output: str = "out") -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_out_of_memory_timeout_and_kill_cost_no_other_cell(workspace):
     methods = "method=rtn,smoothquant,gptq,fp16"
-    arguments = _arguments(workspace, methods, "timeout_s=60", "hydra.launcher.jobs=2")
+    arguments = _arguments(workspace, methods, "timeout_s=90", "hydra.launcher.jobs=2")
     swept = run(arguments, faults="gptq=oom,smoothquant=hang,rtn=kill")
     assert swept.returncode == 1, swept.stdout + swept.stderr
     found = records(workspace / "out")
     assert {method: record["outcome"] for method, record in found.items()} == {
         "fp16": "ok", "gptq": "oom", "smoothquant": "timeout", "rtn": "crash",
     }  # fmt: skip
-    assert "timeout_s=60" in found["smoothquant"]["reason"]
-    assert found["smoothquant"]["timings"]["total_s"] < 90
+    assert "timeout_s=90" in found["smoothquant"]["reason"]
+    assert found["smoothquant"]["timings"]["total_s"] < 120
     assert "SIGKILL" in found["rtn"]["reason"]
     assert any("quantizing" in line or "oom" in line for line in found["gptq"]["log_tail"])
     assert "3 of 4 cells did not end ok" in swept.stdout
@@ -57,7 +61,7 @@ def test_out_of_memory_timeout_and_kill_cost_no_other_cell(workspace):
     assert_same_results(workspace / "clean", workspace / "out", ("fp16", "rtn", "smoothquant", "gptq"))
 
 
-def _wait_for(condition, seconds: float = 120):
+def _wait_for(condition, seconds: float = 400):
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline

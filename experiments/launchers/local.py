@@ -66,18 +66,26 @@ def launch(jobs: list[SweepJob], sweep_dir: Path, settings: dict) -> None:
             finally:
                 pool.give_back(gpu)
 
-    workers = [threading.Thread(target=work, daemon=True) for _ in range(at_once)]
-    for worker in workers:
-        worker.start()
+    # Events, not Thread.join: an interrupted join takes a thread that still runs for one that has ended.
+    finished = [threading.Event() for _ in range(at_once)]
+
+    def work_to_the_end(done: threading.Event) -> None:
+        try:
+            work()
+        finally:
+            done.set()
+
+    for done in finished:
+        threading.Thread(target=work_to_the_end, args=(done,), daemon=True).start()
     try:
-        for worker in workers:
-            while worker.is_alive():
-                worker.join(0.2)
+        for done in finished:
+            while not done.wait(0.2):
+                pass
     except BaseException:
         stopped.set()
         stop_all()
-        for worker in workers:
-            worker.join(30)
+        for done in finished:
+            done.wait(30)
         raise
 
 

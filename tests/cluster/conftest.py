@@ -60,7 +60,7 @@ def testbed(evaluation_data, tmp_path) -> list[str]:
         (models / method).symlink_to((evaluation_data / "models" / "testbed-28m").resolve())
     return [
         "-m", "experiment=testbed", f"model.path={models}/${{method.name}}", "model.name=testbed-28m",
-        f"calibration.path={(texts / 'wiki.train.shuffled_articles.tokens').resolve()}",
+        f"calibration.path={(texts / 'wiki.valid.tokens').resolve()}",
         f"accuracy.perplexity.path={(texts / 'wiki.test.tokens').resolve()}",
         "calibration.num_samples=8", "calibration.seqlen=256", "accuracy.perplexity.max_windows=4",
     ]  # fmt: skip
