@@ -156,7 +156,7 @@ class HarnessModel(HFLM):
             return super()._loglikelihood_tokens(lists, disable_tqdm=True, override_bs=override_bs)
         answers: list[tuple[float, bool] | None] = [None] * len(requests)
         dtype = self.model.get_input_embeddings().weight.dtype
-        for rows in batches(pack(sequences, list(map(len, targets))), self.batch_tokens):
+        for rows in batches(pack(sequences, list(map(len, targets)), self.batch_tokens), self.batch_tokens):
             self.tokens_computed += len(rows) * len(rows[0])
             with self._on_gpu():
                 scores = score(self.model, rows, targets, self.device, dtype)

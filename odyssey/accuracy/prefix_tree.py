@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import nn
 
-# A row longer than its longest sequence saves less and less while its attention grows with the square.
+# A row that is longer than its longest sequence saves less and less while its attention grows with the square: at most
+# so many tokens, and for longer sequences so many times theirs.
 ROW_TOKENS = 4096
+ROW_SEQUENCES = 4
 # Sequences share a row when at least this part of one is common with its neighbour.
 MIN_SHARED = 0.25
 # A batch ends where the next row is shorter than this part of its longest: the rest would be padding.
@@ -68,12 +70,14 @@ class _Builder:
         return Row(np.concatenate(self.tokens), np.concatenate(self.positions), self.ends, self.members)
 
 
-def pack(sequences: Sequence[np.ndarray], scored: Sequence[int], row_tokens: int = ROW_TOKENS) -> list[Row]:
+def pack(sequences: Sequence[np.ndarray], scored: Sequence[int], max_tokens: int = 2**31) -> list[Row]:
     """Arrange token sequences (int arrays, each at least one token) in rows, longest row first.
 
-    scored: how many of the last tokens of each sequence have their logits used. row_tokens: the most tokens of a row
+    scored: how many of the last tokens of each sequence have their logits used. max_tokens: the most tokens of a row
     that holds more than one sequence.
     """
+    longest = max(map(len, sequences), default=0)
+    row_tokens = min(max_tokens, max(ROW_TOKENS, ROW_SEQUENCES * longest))
     # Big-endian bytes sort as the token ids do, at the speed of memcmp.
     keys = [np.asarray(sequence, dtype=">u4").tobytes() for sequence in sequences]
     rows: list[Row] = []

@@ -27,12 +27,16 @@ TASKS = [
 MODELS = ("testbed-28m", "stories260k")
 
 
-def plain(model, tokenizer):
+def plain(model, tokenizer, batch_size=4):
     from lm_eval.models.huggingface import HFLM
 
     prefix = model.config.bos_token_id if tokenizer.bos_token_id is None else None
     return HFLM(
-        pretrained=model, tokenizer=tokenizer, batch_size=4, softmax_dtype=torch.float32, prefix_token_id=prefix
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        softmax_dtype=torch.float32,
+        prefix_token_id=prefix,
     )
 
 
@@ -78,6 +82,45 @@ def test_likelihoods_are_those_of_lm_evals_adapter(full_precision, data, name, s
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
     assert answers_of(requests, found) == answers_of(requests, expected)
     assert lm.requests == len(requests)
+
+
+def _whole(device):
+    marks = pytest.mark.gpu if device == "cuda" else ()
+    return [pytest.param(device, *task, marks=marks, id=f"{device}-{task[0]}") for task in TASKS]
+
+
+@pytest.mark.parametrize(("device", "name", "shots"), [*_whole("cpu"), *_whole("cuda")])
+def test_figures_of_a_task_are_those_of_lm_evals_adapter(source, data, device, name, shots):
+    """The fp16 checkpoint in float32 arithmetic, on a GPU the whole task, here its first items: the same answer to
+    every item. Only choices that are as good as equal may change places."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    model, tokenizer = load_model(source, device, torch.float32), load_tokenizer(source)
+    requests = requests_of(name, shots, None if device == "cuda" else 3, *data)
+    lm = HarnessModel(model, tokenizer, 64, batch_tokens=16384)
+    expected = plain(model, tokenizer, batch_size=64 if device == "cuda" else 4).loglikelihood(
+        requests, disable_tqdm=True
+    )
+    found = lm.loglikelihood(requests)
+    before, after = (np.array([value for value, _ in scores]) for scores in (expected, found))
+    assert np.abs(after - before).max() < 1e-3
+    greedy = sum(old != new for (_, old), (_, new) in zip(expected, found, strict=True))
+    items, changed = {}, []
+    for request, old, new in zip(requests, before, after, strict=True):
+        items.setdefault(request.doc_id, []).append((old, new, len(request.args[1])))
+    for item in items.values():
+        old, new, lengths = (np.array(each) for each in zip(*item, strict=True))
+        for scale in (1, lengths):
+            if np.argmax(old / scale) != np.argmax(new / scale):
+                changed.append(np.ptp(np.sort(old / scale)[-2:]))
+    assert all(margin < 1e-4 for margin in changed)
+    assert max(len(changed), greedy) <= 1e-3 * len(items)
+    assert (lm.gpu_seconds is not None) == (device == "cuda")
+    ratio, largest = lm.tokens_unshared / lm.tokens_computed, np.abs(after - before).max()
+    print(
+        f"{source.path.name} {name}: {len(items)} items, {ratio:.2f}x fewer tokens, largest difference {largest:.1e}, "
+        f"{len(changed)} ties, GPU {lm.gpu_seconds} s"
+    )
 
 
 @pytest.mark.parametrize(("name", "shots"), [("arc_easy", 0), ("mmlu_astronomy", 5)])

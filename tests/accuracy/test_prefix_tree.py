@@ -23,14 +23,14 @@ def _seen(row) -> np.ndarray:
 
 @settings(deadline=None, max_examples=200)
 @given(SEQUENCES, st.integers(1, 60))
-def test_each_branch_is_its_sequence(sequences, row_tokens):
+def test_each_branch_is_its_sequence(sequences, max_tokens):
     arrays = [np.array(sequence, dtype=np.int32) for sequence in sequences]
     scored = [1 + index % len(sequence) for index, sequence in enumerate(sequences)]
-    rows = pack(arrays, scored, row_tokens)
+    rows = pack(arrays, scored, max_tokens)
     found = {}
     for row in rows:
         assert len(row) == len(row.positions) == len(row.ends)
-        assert len(row.members) == 1 or len(row) <= row_tokens
+        assert len(row.members) == 1 or len(row) <= max_tokens
         seen = _seen(row)
         for index, nodes in row.members:
             branch = np.flatnonzero(seen[nodes[-1]])
