@@ -30,7 +30,8 @@ class GptqSettings:
     damping:     part of the Hessian's mean diagonal that is added to the diagonal; raised tenfold, and recorded,
                  where the factorization fails.
     block_size:  columns whose errors are collected before the columns behind them are updated.
-    full_range:  symmetric scales absmax / 7.5 (for 4 bits) as in AutoGPTQ and llm-compressor, not absmax / 7.
+    full_range:  symmetric scales absmax / 7.5 (for 4 bits) as in the authors' code, AutoGPTQ and llm-compressor; false:
+                 absmax / 7, as in the recipe.
     backend:     native, or auto-gptq: that package's quantizer in place of ours (see baselines/auto_gptq_backend.py).
     checkpoint:  a directory with an existing GPTQ checkpoint: read, not quantized; its format is what it says itself.
     """
@@ -41,7 +42,7 @@ class GptqSettings:
     act_order: bool = False
     damping: float = 0.01
     block_size: int = 128
-    full_range: bool = False
+    full_range: bool = True
     backend: str = NATIVE
     checkpoint: str | None = None
 

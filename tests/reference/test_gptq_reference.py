@@ -69,9 +69,7 @@ def test_integers_are_auto_gptqs(name, bits, group_size, symmetric, act_order, l
     ours, _ = gptq(weight, hessian, scheme, settings=options)
     theirs = auto_gptq(weight, hessian, scheme, act_order)
     kind = f"{scheme.label}, {'symmetric' if symmetric else 'asymmetric'}{', act-order' if act_order else ''}"
-    figures = compare(
-        report, "GPTQ: auto-gptq, same grid (full_range)", f"{kind}, {name}", ours, theirs, weight, hessian
-    )
+    figures = compare(report, "GPTQ: auto-gptq, same grid", f"{kind}, {name}", ours, theirs, weight, hessian)
     # Sums of float32 in another order: where one falls on the other side of a tie, the rest of its row moves with it.
     assert figures["equal integers"] > 0.995
     assert figures["ratio"] == pytest.approx(1, abs=0.01)
@@ -79,12 +77,13 @@ def test_integers_are_auto_gptqs(name, bits, group_size, symmetric, act_order, l
 
 @pytest.mark.parametrize("name", FIRSTS)
 def test_what_the_divisor_makes(name, layers, report):
-    """The default divides by 7, auto-gptq by 7.5: other integers by design, figures for the report."""
+    """full_range=false divides by 7, auto-gptq by 7.5: other integers by design, figures for the report."""
     weight, hessian = layers[name]
     scheme = QuantScheme(4, 128, True, 16)
     ours, _ = gptq(weight, hessian, scheme)
     theirs = auto_gptq(weight, hessian, scheme, act_order=False)
-    figures = compare(report, "GPTQ: auto-gptq, divisor 7 (default) and 7.5", name, ours, theirs, weight, hessian)
+    title = "GPTQ: auto-gptq, divisor 7 (full_range=false) and 7.5"
+    figures = compare(report, title, name, ours, theirs, weight, hessian)
     assert 0.5 < figures["ratio"] < 2
 
 
@@ -137,7 +136,7 @@ def test_the_backend_is_auto_gptq_layer_by_layer(settings, testbed, report):
     results = {}
     for backend in ("native", "auto-gptq"):
         block, calibration = testbed.block(0), testbed.calibration(0)
-        method = GptqMethod(GptqSettings(backend=backend, full_range=True, **settings))
+        method = GptqMethod(GptqSettings(backend=backend, **settings))
         results[backend] = method.quantize_block(block, calibration)
     ours, theirs = results["native"], results["auto-gptq"]
     assert list(ours.weights) == list(theirs.weights)

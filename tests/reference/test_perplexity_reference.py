@@ -65,8 +65,8 @@ def llm_compressor(testbed, recipe) -> float:
 
 def test_gptq_and_auto_gptq(measured, report):
     theirs = measured(GptqMethod(GptqSettings(backend="auto-gptq")))
-    ours = measured(GptqMethod(GptqSettings(full_range=True)))
-    compare(report, "GPTQ W4A16-g128 (full_range), auto-gptq", ours, theirs)
+    ours = measured(GptqMethod(GptqSettings()))
+    compare(report, "GPTQ W4A16-g128, auto-gptq", ours, theirs)
 
 
 def test_gptq_and_llm_compressor(testbed, measured, report):
@@ -76,7 +76,7 @@ def test_gptq_and_llm_compressor(testbed, measured, report):
     scheme: QuantizationScheme = preset_name_to_scheme("W4A16", ["Linear"])
     scheme.weights.actorder = "weight"
     theirs = llm_compressor(testbed, [GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"])])
-    ours = measured(GptqMethod(GptqSettings(act_order=True, full_range=True)))
+    ours = measured(GptqMethod(GptqSettings(act_order=True)))
     compare(report, "GPTQ W4A16-g128, act-order with static groups, llm-compressor", ours, theirs)
 
 
