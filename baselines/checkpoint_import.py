@@ -22,11 +22,12 @@ from baselines.checkpoint_formats import (
     unpack_gptq,
 )
 from odyssey.errors import InvalidCheckpointError, MissingModelError, UnsupportedError
+from odyssey.locking import exclusive
 from odyssey.models.architecture import LlamaFamily
 from odyssey.models.reader import CheckpointReader
 from odyssey.models.source import ModelSource, checkpoint_fingerprint
 from odyssey.progress import Progress
-from odyssey.quantization.checkpoint import MANIFEST_NAME, CheckpointWriter, exclusive, read_manifest
+from odyssey.quantization.checkpoint import MANIFEST_NAME, CheckpointWriter, read_manifest
 from odyssey.quantization.method import BlockResult
 from odyssey.quantization.pipeline import QuantizationReport
 from odyssey.quantization.scheme import QuantizedWeight, QuantScheme
@@ -194,7 +195,7 @@ def import_checkpoint(
     progress = progress or Progress.silent()
     existing = ExistingCheckpoint(source.path, method)
     digest = import_digest(source, existing.layout)
-    with exclusive(output_dir):
+    with exclusive(output_dir, "writing this checkpoint"):
         blocks = existing.architecture.num_blocks
         if (output_dir / MANIFEST_NAME).is_file() and read_manifest(output_dir)["job"] == digest:
             return QuantizationReport(read_manifest(output_dir), 0.0, blocks)

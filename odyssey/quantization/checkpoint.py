@@ -15,12 +15,9 @@ digest of the job that made it, so that a stopped job goes on at the first block
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,22 +38,6 @@ MANIFEST_NAME = "odyssey.json"
 REST_NAME = "rest.safetensors"
 FORMAT_VERSION = 1
 _COPIED = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt")
-
-
-@contextmanager
-def exclusive(directory: Path) -> Iterator[None]:
-    """Hold a checkpoint directory for one process; another that wants the same integers waits and then finds them.
-
-    The lock goes with the process, however that ends.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{directory.name}: another process is writing this checkpoint, waiting for it", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def shard_name(index: int) -> str:

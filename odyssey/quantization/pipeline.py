@@ -19,12 +19,13 @@ import torch
 from torch import nn
 
 from odyssey.data.calibration import CalibrationTokens
+from odyssey.locking import exclusive
 from odyssey.models.architecture import LlamaFamily
 from odyssey.models.reader import CheckpointReader
 from odyssey.models.source import ModelSource
 from odyssey.progress import Progress
 from odyssey.quantization.activations import ActivationStore, stores_fit_in_memory
-from odyssey.quantization.checkpoint import MANIFEST_NAME, CheckpointWriter, exclusive, read_manifest
+from odyssey.quantization.checkpoint import MANIFEST_NAME, CheckpointWriter, read_manifest
 from odyssey.quantization.linear import replace_linears
 from odyssey.quantization.method import BlockCalibration, BlockResult, Method
 from odyssey.quantization.scheme import QuantizedWeight
@@ -110,7 +111,7 @@ def quantize_checkpoint(
         raise ValueError(f"method {method.name} needs calibration tokens")
     if not method.needs_calibration:
         calibration = None
-    with exclusive(output_dir):
+    with exclusive(output_dir, "writing this checkpoint"):
         return _quantize(source, method, method_settings, calibration, output_dir, device, seed, progress)
 
 

@@ -62,7 +62,7 @@ def testbed(evaluation_data, tmp_path) -> list[str]:
         "-m", "experiment=testbed", f"model.path={models}/${{method.name}}", "model.name=testbed-28m",
         f"calibration.path={(texts / 'wiki.valid.tokens').resolve()}",
         f"accuracy.perplexity.path={(texts / 'wiki.test.tokens').resolve()}",
-        "calibration.num_samples=8", "calibration.seqlen=256", "accuracy.perplexity.max_windows=4",
+        "calibration.num_samples=4", "calibration.seqlen=128", "accuracy.perplexity.max_windows=2",
     ]  # fmt: skip
 
 

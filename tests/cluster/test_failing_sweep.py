@@ -52,14 +52,15 @@ def test_one_sweep_with_every_fault_and_the_same_on_slurm(slurm, testbed, tmp_pa
     def sweep(output: str, *more: str, faults: str = ""):
         return run([*testbed, f"output_dir={tmp_path / output}", *more], faults=faults)
 
-    clean = sweep("clean")
+    two = "hydra.launcher.jobs=2"
+    clean = sweep("clean", two)
     assert clean.returncode == 0, clean.stdout + clean.stderr
     assert outcomes(tmp_path / "clean") == dict.fromkeys(METHODS, "ok")
 
     original = _damage(models / "smoothquant")
     with read_only(tmp_path / "read-only") as directory:
         tracked = ["tracking=wandb", f"tracking.dir={directory}"]
-        faulty = sweep("faulty", *tracked, faults="gptq=oom,awq=kill")
+        faulty = sweep("faulty", two, *tracked, faults="gptq=oom,awq=kill")
     assert faulty.returncode == 1, faulty.stdout + faulty.stderr
     ended = outcomes(tmp_path / "faulty")
     assert ended == {
@@ -82,7 +83,7 @@ def test_one_sweep_with_every_fault_and_the_same_on_slurm(slurm, testbed, tmp_pa
 
     shutil.rmtree(models / "smoothquant")
     (models / "smoothquant").symlink_to(original)
-    retried = sweep("faulty", "retry=failed")
+    retried = sweep("faulty", two, "retry=failed")
     assert retried.returncode == 0, retried.stdout + retried.stderr
     after = records(tmp_path / "faulty")
     assert {method: record["outcome"] for method, record in after.items()} == dict.fromkeys(METHODS, "ok")
@@ -104,7 +105,7 @@ def test_one_sweep_with_every_fault_and_the_same_on_slurm(slurm, testbed, tmp_pa
     ]
     report(
         "All methods on testbed-28m, with faults and without",
-        "8 x 256 calibration tokens, 4 windows of 2048 tokens, one thread. The faults: gptq has no more memory after "
+        "4 x 128 calibration tokens, 2 windows of 2048 tokens, one thread. The faults: gptq has no more memory after "
         "its first block, awq is killed (SIGKILL) after its first block, smoothquant's checkpoint has a shard that is "
         "cut off, and the directory of W&B is read-only. Integers and scales of all runs are equal to the bit.\n\n"
         "| method | digest | with faults | after retry=failed | perplexity without faults | with faults | "
