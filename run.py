@@ -70,7 +70,8 @@ def main() -> int:
 def _preflight(command_line: CommandLine, settings: object) -> bool:
     """Print what every cell needs; False when one of them cannot end ok."""
     runs_here = settings is None or isinstance(settings, LocalSettings)
-    return print_preflight(command_line.cells, runs_here, command_line.settings)
+    at_once = settings.at_once(len(command_line.cells)) if isinstance(settings, LocalSettings) else 1
+    return print_preflight(command_line.cells, runs_here, command_line.settings, at_once)
 
 
 if __name__ == "__main__":

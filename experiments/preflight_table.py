@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import psutil
+
 from experiments.table import Column, Table
 from odyssey.config import RootConfig
 from odyssey.preflight import Prediction, preflight
@@ -9,12 +11,29 @@ from odyssey.preflight import Prediction, preflight
 _GIB = 2**30
 
 
-def print_preflight(cells: list[RootConfig], runs_here: bool = True, settings: list[str] | None = None) -> bool:
+def print_preflight(
+    cells: list[RootConfig], runs_here: bool = True, settings: list[str] | None = None, at_once: int = 1
+) -> bool:
     """Print the table; returns whether every cell can end ok as far as that can be told. settings: in which each cell
-    differs from the others."""
+    differs from the others. at_once: cells that run together on this machine."""
     predictions = [preflight(cell, runs_here) for cell in cells]
     print(preflight_table(predictions, settings).render("terminal"), flush=True)
-    return all(prediction.can_run for prediction in predictions)
+    together = _together(predictions, at_once) if runs_here else None
+    if together:
+        print(together, flush=True)
+    return together is None and all(prediction.can_run for prediction in predictions)
+
+
+def _together(predictions: list[Prediction], at_once: int) -> str | None:
+    """What is wrong with running so many at a time, None when nothing is."""
+    needed = sum(sorted((each.host_bytes for each in predictions if each.known), reverse=True)[:at_once])
+    free = psutil.virtual_memory().available
+    if at_once == 1 or needed <= free:
+        return None
+    return (
+        f"hydra.launcher.jobs={at_once}: the largest cells together need {needed / _GIB:.1f} GiB of host memory, "
+        f"{free / _GIB:.1f} GiB are free; fewer jobs"
+    )
 
 
 def preflight_table(predictions: list[Prediction], settings: list[str] | None = None) -> Table:

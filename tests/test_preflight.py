@@ -182,13 +182,19 @@ def test_gemm_cells_need_a_gpu_and_no_model(cell, monkeypatch):
     assert _failed(root) == {}
 
 
-def test_the_table_names_each_problem_once_with_its_cells(cell, capsys):
+def test_the_table_names_each_problem_once_with_its_cells(cell, capsys, monkeypatch):
     roots = [cell("device=cpu", "calibration.path=gone.txt", f"method={name}") for name in ("gptq", "rtn", "awq")]
     assert not print_preflight(roots)
     printed = capsys.readouterr().out
     assert printed.count("gone.txt: no such file") == 1
     assert "(cell 0, 2)" in printed
     assert print_preflight(roots[1:2])
+    alone = preflight(roots[1]).host_bytes
+    monkeypatch.setattr(preflight_module.psutil, "virtual_memory", lambda: SimpleNamespace(available=int(1.5 * alone)))
+    assert print_preflight(roots[1:2] * 2)
+    assert not print_preflight(roots[1:2] * 2, at_once=2)
+    assert "hydra.launcher.jobs=2: the largest cells together need" in capsys.readouterr().out
+    assert print_preflight(roots[1:2] * 2, runs_here=False, at_once=2)
     table = preflight_table([preflight(root) for root in roots], ["a=1", "b=2", "c=3"])
     place = [column.key for column in table.columns].index("settings")
     assert [row[place] for row in table.rows] == ["a=1", "b=2", "c=3"]

@@ -7,7 +7,7 @@ import queue
 import threading
 from pathlib import Path
 
-from experiments.launchers.settings import AUTO, LocalSettings, visible_gpus
+from experiments.launchers.settings import LocalSettings
 from experiments.sweep import SweepJob, note_error, run_job
 from odyssey.child import stop_all
 
@@ -37,9 +37,7 @@ class GpuPool:
 def launch(jobs: list[SweepJob], sweep_dir: Path, settings: dict) -> None:
     """Run all cells; returns when the last one has ended. Ctrl-C stops those that run and raises KeyboardInterrupt."""
     parsed = LocalSettings(**settings)
-    gpus = visible_gpus() if parsed.gpus is None else [str(gpu) for gpu in parsed.gpus]
-    at_once = max(1, len(gpus)) if parsed.jobs == AUTO else parsed.jobs
-    at_once = min(at_once, len(jobs))
+    gpus, at_once = parsed.usable_gpus(), parsed.at_once(len(jobs))
     on_gpu = sum(job.config.device != "cpu" for job in jobs)
     if gpus and min(at_once, on_gpu) > len(gpus):
         print(f"hydra.launcher.jobs={parsed.jobs}: there are {len(gpus)} GPUs, further cells wait for one", flush=True)

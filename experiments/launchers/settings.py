@@ -28,6 +28,13 @@ class LocalSettings:
         if self.gpus is not None and not isinstance(self.gpus, list):
             raise ConfigError(f"hydra.launcher.gpus={self.gpus}: must be a list such as [0,1], or null")
 
+    def usable_gpus(self) -> list[str]:
+        return visible_gpus() if self.gpus is None else [str(gpu) for gpu in self.gpus]
+
+    def at_once(self, cells: int) -> int:
+        """How many of so many cells run together."""
+        return min(cells, max(1, len(self.usable_gpus())) if self.jobs == AUTO else self.jobs)
+
 
 @dataclass
 class SlurmSettings:
