@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import AutoConfig, PreTrainedConfig
 
 from odyssey.config import CalibrationConfig, ModelConfig, PerplexityConfig, RootConfig, dataset_of
+from odyssey.data.hub import find_snapshot
 from odyssey.errors import OdysseyError
 from odyssey.footprint import Texts
 from odyssey.methods import build_method, existing_checkpoint
@@ -196,6 +197,8 @@ def _corpus_check(
     file = _local_text(group, dataset, split, root)
     if file is not None:
         return Check(name, file.is_file(), str(file) if file.is_file() else f"{file}: no such file")
+    if find_snapshot(root, dataset) is not None:
+        return Check(name, True, f"{dataset} in data.root, a cache of the hub")
     return _hub_data_check(name, dataset)
 
 
@@ -205,6 +208,8 @@ def _task_check(task: str, root: str | None) -> Check:
     names = local_file_names(task) if root else ()
     if names and all((Path(root).expanduser() / name).is_file() for name in names):
         return Check(task, True, "in data.root")
+    if find_snapshot(root, "mmlu" if task.startswith("mmlu_") else task) is not None:
+        return Check(task, True, "in data.root, a cache of the hub")
     return _hub_data_check(task, task)
 
 
