@@ -63,7 +63,7 @@ class BlockQuantizer:
 
         inputs, attention_arguments = self._observe()
         pairs = self._model.get_layers_for_scaling(self.block, inputs, attention_arguments)
-        found = [self.quantizer._search_best_scale(self.block, **pair) for pair in pairs]
+        found = [self._search_scale(pair) for pair in pairs]
         self.scales = {producer: scales for producer, _, scales in found}
         apply_scale(self.block, found, input_feat_dict=inputs)
         clips = self.quantizer._search_best_clip(self.block, self.layers, inputs)
@@ -80,6 +80,20 @@ class BlockQuantizer:
         }
         metrics = {"backend": f"autoawq {version('autoawq')}", "scaled": sorted(self.scales)}
         return BlockResult(weights, {**norms, **biases}, metrics)
+
+    def _search_scale(self, pair: dict) -> tuple:
+        """The package's scale search for one pair: (producer, consumers, scales).
+
+        It keeps the weights that it restores after every candidate as `state_dict()` moved to the CPU. On a CPU that
+        copies nothing, and the first candidate, which is not 1 with duo_scaling, would stay in the weights.
+        """
+        module = pair.get("module2inspect") or pair["layers"][0]
+        original = module.state_dict
+        module.state_dict = lambda: {name: tensor.clone() for name, tensor in original().items()}
+        try:
+            return self.quantizer._search_best_scale(self.block, **pair)
+        finally:
+            del module.state_dict
 
     def _norms(self) -> list[str]:
         return [name for name in self.scales if name not in self.layers]
