@@ -41,7 +41,7 @@ def _check(project_root, *arguments):
         (["accuracy.perplexity.window=1"], "accuracy.perplexity.window=1: must be at least 2"),
         (["accuracy=none", "accuracy.perplexity.window=9"], "accuracy.perplexity.window: a group above"),
         (["calibration.dataset=pile"], "calibration.dataset=pile: allowed: auto, wikitext2, c4"),
-        (["calibration.dataset=c4", "calibration.path=x"], "calibration.path: cannot be combined"),
+        (["calibration.dataset=wikitext2", "calibration.path=x"], "calibration.path: cannot be combined"),
         (["calibration.dataset=file"], "calibration.path: must name a file"),
         (["calibration.num_samples=0"], "calibration.num_samples=0: must be at least 1"),
         (["latency.engine=vroom"], "latency.engine=vroom: allowed: none, transformers"),
