@@ -6,14 +6,15 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from odyssey.accuracy.statistics import PairedComparison
 from odyssey.record import OK
 
-# What two records of one cell may differ in without that changing the result.
+# What two records of one cell may differ in without that changing the result, or that has a column of its own.
 _NEUTRAL = (
-    "output_dir", "force", "retry", "timeout_s", "preflight", "gemm.", "tracking.", "data.", "latency.", "model.",
-    "accuracy.",
+    "output_dir", "device", "force", "retry", "timeout_s", "preflight", "gemm.", "tracking.", "data.", "latency.",
+    "model.", "accuracy.",
 )  # fmt: skip
 
 
@@ -195,10 +196,15 @@ def with_differences(
             if not key.startswith(_NEUTRAL) and len({repr(settings.get(key)) for settings in flat}) > 1
         ]
         cells[name] = [
-            replace(each, note=_joined([each.note, *(f"{key}={settings.get(key)}" for key in differing)]))
+            replace(each, note=_joined([each.note, *(f"{key}={_shown(key, settings.get(key))}" for key in differing)]))
             for each, settings in zip(found, flat, strict=True)
         ]
     return dict(cells)
+
+
+def _shown(key: str, value: object) -> object:
+    """Of a file its name: where it lay says nothing to a reader."""
+    return Path(str(value)).name if key.endswith("path") and value is not None else value
 
 
 def recipe_of(config: dict) -> str | None:
