@@ -87,6 +87,7 @@ def measured(tmp_path_factory) -> list[dict]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_cells_measured_here(measured):
     assert len(measured) == 8
     for record in measured:
