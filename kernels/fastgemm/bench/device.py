@@ -96,10 +96,13 @@ class Monitor:
 
 
 def git_commit() -> str:
-    """Commit of the checkout this file lies in, with "-dirty" behind it for local changes.
+    """`$GIT_COMMIT`, else the commit of the checkout this file lies in, with "-dirty" behind it for local changes.
 
-    Outside a checkout it is `$GIT_COMMIT`, else "unknown".
+    The variable comes first: a tree that was copied to a GPU host has no repository, or one that says something else.
+    "unknown" where there is neither.
     """
+    if named := os.environ.get("GIT_COMMIT"):
+        return named
     folder = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
@@ -110,7 +113,7 @@ def git_commit() -> str:
     try:
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.SubprocessError):
-        return os.environ.get("GIT_COMMIT", "unknown")
+        return "unknown"
 
 
 def environment(monitor: Monitor) -> dict[str, object]:
