@@ -22,7 +22,6 @@ from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
 from experiments.launchers.settings import LocalSettings, parse_settings  # noqa: E402
-from experiments.preflight_table import print_preflight  # noqa: E402
 from experiments.sweep import run_job, sweep_exit_code  # noqa: E402
 from odyssey.config import register_schemas  # noqa: E402
 from odyssey.errors import ConfigError  # noqa: E402
@@ -69,6 +68,9 @@ def main() -> int:
 
 def _preflight(command_line: CommandLine, settings: object) -> bool:
     """Print what every cell needs; False when one of them cannot end ok."""
+    # Imported here: --help, a config error and a single cell need no prediction, nor Transformers behind it.
+    from experiments.preflight_table import print_preflight
+
     runs_here = settings is None or isinstance(settings, LocalSettings)
     at_once = settings.at_once(len(command_line.cells)) if isinstance(settings, LocalSettings) else 1
     return print_preflight(command_line.cells, runs_here, command_line.settings, at_once)

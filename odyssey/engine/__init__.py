@@ -12,21 +12,25 @@ engine.py    prompts in, tokens out; CUDA graphs
 memory.py    how much memory a run will take, before anything is allocated
 """
 
-from odyssey.engine.engine import Engine
-from odyssey.engine.formats import FORMATS, LinearFormat, format_of
-from odyssey.engine.sampling import GREEDY, Sampling
-from odyssey.engine.shapes import DecoderShapes
-from odyssey.engine.weights import DecoderWeights, load_weights, random_weights
+import importlib
 
-__all__ = [
-    "FORMATS",
-    "GREEDY",
-    "DecoderShapes",
-    "DecoderWeights",
-    "Engine",
-    "LinearFormat",
-    "Sampling",
-    "format_of",
-    "load_weights",
-    "random_weights",
-]
+_HOMES = {
+    "FORMATS": "formats",
+    "GREEDY": "sampling",
+    "DecoderShapes": "shapes",
+    "DecoderWeights": "weights",
+    "Engine": "engine",
+    "LinearFormat": "formats",
+    "Sampling": "sampling",
+    "format_of": "formats",
+    "load_weights": "weights",
+    "random_weights": "weights",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    # Loaded on demand: a sweep's preflight needs the formats' sizes, not what runs them.
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from odyssey.errors import UnsupportedError
 from odyssey.models.architecture import SUPPORTED_MODEL_TYPES
@@ -108,6 +107,9 @@ def rope_table(config: PreTrainedConfig, positions: int, device: torch.device) -
 
     Returns float32 [positions, head_dim]: the cosines of the head_dim / 2 angles, then their sines.
     """
+    # Imported here: the sizes alone need none of Transformers' modelling code, which takes seconds to load.
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
     # The families share this module; of the configuration it reads rope_parameters, the positions and the head size.
     rotary = LlamaRotaryEmbedding(config)
     cos, sin = rotary(torch.zeros(1, dtype=torch.float32), torch.arange(positions)[None])
