@@ -153,6 +153,24 @@ def test_results_repeat_to_the_bit_on_two_streams_at_once(arch, bits, m):
         assert all(torch.equal(f, y) for f in found)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("m", [1, 200])
+def test_runs_on_the_device_of_its_arguments(bits, m):
+    p = Problem(m, 4096, 2048, bits)
+    expected = p.run(0, None, torch.float16)
+    for name in ("x", "x_scale", "stored", "w_scale"):
+        setattr(p, name, getattr(p, name).to("cuda:1"))
+    assert torch.cuda.current_device() == 0
+    y = p.run(0, None, torch.float16)
+    assert y.device.index == 1
+    assert torch.cuda.current_device() == 0
+    assert torch.equal(y.cpu(), expected.cpu())
+    q = fastgemm.quantize_per_token(y)[0]
+    assert q.device.index == 1
+    assert torch.equal(q.cpu(), fastgemm.quantize_per_token(y.cpu())[0])
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("m", [1, 200])
 def test_cuda_graph_replays_on_new_inputs(arch, bits, m):

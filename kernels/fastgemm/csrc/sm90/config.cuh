@@ -38,6 +38,7 @@ struct Config {
 
   // Split-K: each thread's accumulators are cut into pieces of 8 tokens x (row g, row g + 8) = 4 registers.
   static constexpr int kPieces = kBlocks * kTokens / 8;
+  static constexpr bool kThirds = kPieces <= 4;  // clusters of three exist: their shares are whole pieces
 };
 
 // Pieces whose sum over the cluster one CTA computes and stores.
@@ -102,8 +103,8 @@ struct Params {
   int token_tiles;
   int group;             // token tiles that are walked before the next row tile
   int whole_tiles;       // tiles before this index are computed by one CTA each, the rest by a cluster each
-  int split;             // CTAs of a cluster (a power of two); they share the reduction of a tile
-  int split_shift;       // log2(split)
+  int split;             // CTAs of a cluster; they share the reduction of a tile
+  int clusters;          // of the grid
   int stages;
   int out_dtype;
   int stream_weights;    // weights are read once: do not keep them in L2

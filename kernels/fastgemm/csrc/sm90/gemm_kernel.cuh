@@ -1,6 +1,8 @@
 // The sm_90a GEMM kernel: two producer threads feed a shared-memory pipeline, two consumer warpgroups multiply.
 #pragma once
 
+#include <type_traits>
+
 #include "../common/ptx_barrier.cuh"
 #include "../common/ptx_copy.cuh"
 #include "config.cuh"
@@ -10,6 +12,9 @@
 #include "schedule.cuh"
 
 namespace fg::sm90 {
+
+template <int kValue>
+using Split = std::integral_constant<int, kValue>;
 
 // Adds up the partial sums of the kSplit CTAs of a cluster and stores the result: CTA `rank` owns the pieces from
 // rank * kShare on.  Integer sums are exact, so the result does not depend on the order.
@@ -132,9 +137,18 @@ __device__ __forceinline__ void consume(const Params& p, const CUtensorMap* out_
       if (shared_tiles == 0) ptx::cluster_wait();
       else if (receivers<C>(p.split, rank) > 0) ptx::barrier_wait_cluster(s.receive_free, parity ^ 1);
       const bool last = work.last(p);
-      if (p.split == 2) reduce_and_store<C, 2>(acc, p, s, factors, scales, row, token, rank, parity, last, lane);
-      else if (p.split == 4) reduce_and_store<C, 4>(acc, p, s, factors, scales, row, token, rank, parity, last, lane);
-      else reduce_and_store<C, 8>(acc, p, s, factors, scales, row, token, rank, parity, last, lane);
+      const auto reduce = [&](auto split) {
+        reduce_and_store<C, decltype(split)::value>(acc, p, s, factors, scales, row, token, rank, parity, last, lane);
+      };
+      if (p.split == 2) {
+        reduce(Split<2>{});
+      } else if (p.split == 4) {
+        reduce(Split<4>{});
+      } else if (C::kThirds && p.split == 3) {
+        if constexpr (C::kThirds) reduce(Split<3>{});
+      } else {
+        reduce(Split<8>{});
+      }
       ++shared_tiles;
     } else if constexpr (C::kTensorStore) {
       if (p.out_dtype == FG_F16)

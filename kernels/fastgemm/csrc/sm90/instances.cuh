@@ -35,7 +35,7 @@ int run_gemm(const GemmArgs& a) {
   int sms = 0;
   const int code = multiprocessors(&sms);
   if (code != FG_OK) return code;
-  return launch_plan<kInt4>(a, choose_plan(kInt4 ? FG_W4A8 : FG_W8A8, a.m, a.n, a.k, sms));
+  return launch_plan<kInt4>(a, choose_plan(kInt4 ? FG_W4A8 : FG_W8A8, a.m, a.n, a.k, a.weights_ready, sms));
 }
 
 }  // namespace fg::sm90

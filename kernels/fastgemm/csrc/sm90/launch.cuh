@@ -66,7 +66,7 @@ template <class C>
 int launch(const GemmArgs& a, const Plan& plan) {
   const int k_steps = static_cast<int>((a.k + C::kStepK - 1) / C::kStepK);
   int cluster = plan.split;
-  while (cluster > k_steps) cluster /= 2;  // every CTA of a cluster multiplies
+  while (cluster > k_steps) cluster = cluster == 3 ? 2 : cluster / 2;  // every CTA of a cluster multiplies
   int device = 0, clusters = 0;
   const cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) return cuda_code(status);
@@ -91,8 +91,9 @@ int launch(const GemmArgs& a, const Plan& plan) {
   const int64_t tiles = static_cast<int64_t>(p.row_tiles) * p.token_tiles;
   const int64_t wave = static_cast<int64_t>(clusters) * cluster;
   p.split = cluster;
-  while ((1 << p.split_shift) < cluster) ++p.split_shift;
   p.whole_tiles = static_cast<int>(cluster == 1 ? tiles : tiles / wave * wave);
+  const int64_t grid = tiles * cluster < wave ? tiles * cluster : wave;
+  p.clusters = static_cast<int>(grid / cluster);
   const bool tensor_store = C::kTensorStore && p.whole_tiles > 0;
   p.stages = pipeline_stages<C>(cluster, tensor_store);
   p.out_dtype = a.out_dtype;
@@ -122,9 +123,8 @@ int launch(const GemmArgs& a, const Plan& plan) {
   // The kernel itself waits for the preceding one, after its own set-up.
   attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[count++].val.programmaticStreamSerializationAllowed = 1;
-  const int64_t needed = tiles * cluster;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(needed < wave ? needed : wave));
+  config.gridDim = dim3(static_cast<unsigned>(grid));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = shared_layout<C>(p.stages, p.split, tensor_store).total;
   config.stream = a.stream;

@@ -29,19 +29,19 @@ struct Schedule {
   __device__ __forceinline__ bool shared(const Params& p) const { return index >= p.whole_tiles; }
   __device__ __forceinline__ void advance(const Params& p) {
     if (shared(p)) {
-      index += gridDim.x >> p.split_shift;
+      index += p.clusters;
     } else {
       index += gridDim.x;
       if (shared(p)) enter_shared(p);
     }
   }
   __device__ __forceinline__ bool last(const Params& p) const {
-    return index + static_cast<int>(gridDim.x >> p.split_shift) >= p.row_tiles * p.token_tiles;
+    return index + p.clusters >= p.row_tiles * p.token_tiles;
   }
 
  private:
   __device__ __forceinline__ void enter_shared(const Params& p) {
-    index = p.whole_tiles + (blockIdx.x >> p.split_shift);
+    index = p.whole_tiles + (blockIdx.x / p.split);
   }
 };
 
@@ -52,7 +52,7 @@ struct StepRange {
 
 __device__ __forceinline__ StepRange steps_of(const Params& p, bool shared, int rank) {
   if (!shared) return {0, p.k_steps};
-  return {(p.k_steps * rank) >> p.split_shift, (p.k_steps * (rank + 1)) >> p.split_shift};
+  return {p.k_steps * rank / p.split, p.k_steps * (rank + 1) / p.split};
 }
 
 struct StagePosition {
