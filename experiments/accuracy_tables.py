@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from experiments import paper
-from experiments.comparison import comparison_table, paired_columns, paired_values
+from experiments.comparison import Why, comparison_table, paired_columns, paired_values
 from experiments.measured import (
     Measurement,
     Protocol,
@@ -17,6 +17,7 @@ from experiments.measured import (
     task_averages,
     with_differences,
 )
+from experiments.not_run import NotRun
 from experiments.paired import (
     accuracy_pair,
     average_pair,
@@ -25,12 +26,11 @@ from experiments.paired import (
     perplexity_pair,
     with_reference,
 )
+from experiments.recipes import FULL_RECIPE, RECIPE_ORDER
 from experiments.style import method_name, method_rank
 from experiments.table import Column, Table
 
 _MODEL, _METHOD, _FORMAT = Column("model", "model"), Column("method", "method"), Column("format", "format")
-_RECIPE_ORDER = ("vanilla", "clip search", "LWC", "GPTQ", "clip search + GPTQ", "LWC + GPTQ")
-_FULL_RECIPE = "LWC + GPTQ"
 _PAPER_PROTOCOL = (
     "The paper's FP16 perplexity of LLaMA-7B is 5.73 where the common protocol (windows of 2048 tokens) gives 5.68, "
     "for a reason that is not known here: compare distances from FP16 rather than values."
@@ -57,27 +57,29 @@ def model_rank(model: str) -> tuple:
     return (names.index(model), "") if model in names else (len(names), model)
 
 
-def table2_perplexity(measurements: Sequence[Measurement]) -> Table:
+def table2_perplexity(measurements: Sequence[Measurement], not_run: NotRun | None = None) -> Table:
     """Perplexity of every method with its full recipe; cells of the recipe's ablation are in table 6, C4 beside another
-    data set is in table2_c4.
+    data set is in table2_c4. not_run: says why cells have no record.
 
     Raises MixedProtocolsError.
     """
-    return _perplexity_table("table2_perplexity", _without_c4(measurements))
+    return _perplexity_table("table2_perplexity", _without_c4(measurements), not_run)
 
 
-def table2_c4(measurements: Sequence[Measurement]) -> Table:
+def table2_c4(measurements: Sequence[Measurement], not_run: NotRun | None = None) -> Table:
     """Perplexity on C4 alone, of the same cells. Raises MixedProtocolsError."""
     on_c4 = [
         each
         for each in measurements
         if (each.protocol.dataset == "c4" if each.protocol else "c4" in asked_datasets(each.config))
     ]
-    return _perplexity_table("table2_c4", on_c4, dataset="c4")
+    return _perplexity_table("table2_c4", on_c4, not_run, dataset="c4")
 
 
-def _perplexity_table(name: str, measurements: Sequence[Measurement], dataset: str | None = None) -> Table:
-    full = [each for each in measurements if each.method != "odyssey" or each.recipe == _FULL_RECIPE]
+def _perplexity_table(
+    name: str, measurements: Sequence[Measurement], not_run: NotRun | None, dataset: str | None = None
+) -> Table:
+    full = [each for each in measurements if each.method != "odyssey" or each.recipe == FULL_RECIPE]
     protocol, shown = _one_protocol(full)
     shown = with_reference(shown, perplexity_pair)
     papers = dataset is None and _is_papers(protocol)
@@ -93,10 +95,11 @@ def _perplexity_table(name: str, measurements: Sequence[Measurement], dataset: s
         number="{:.3f}",
         signed="{:+.3f}",
         notes=(*_protocol_lines(protocol), *([_PAPER_PROTOCOL] if papers else ()), *pair_note(shown)),
+        why=_why(not_run, "table2_perplexity"),
     )
 
 
-def table6_ablation(measurements: Sequence[Measurement]) -> Table:
+def table6_ablation(measurements: Sequence[Measurement], not_run: NotRun | None = None) -> Table:
     """Perplexity of the recipe's steps. Raises MixedProtocolsError."""
     protocol, shown = _one_protocol(_without_c4([each for each in measurements if each.recipe is not None]))
     # FP16 has no row of its own here, but it is what every recipe is compared with.
@@ -113,14 +116,15 @@ def table6_ablation(measurements: Sequence[Measurement]) -> Table:
         reported,
         with_differences(shown, lambda each: (each.model, each.format, each.recipe)),
         labels=lambda cell: (model_name(cell[0]), cell[1], cell[2]),
-        rank=lambda cell: (*model_rank(cell[0]), cell[1], _RECIPE_ORDER.index(cell[2])),
+        rank=lambda cell: (*model_rank(cell[0]), cell[1], RECIPE_ORDER.index(cell[2])),
         number="{:.3f}",
         signed="{:+.3f}",
         notes=(*_protocol_notes(protocol), *pair_note(shown)),
+        why=not_run and (lambda cell: not_run.accuracy("table6_ablation", cell[0], "odyssey", cell[2])),
     )
 
 
-def table2_lambada(records: Sequence[dict] = ()) -> Table:
+def table2_lambada(records: Sequence[dict] = (), not_run: NotRun | None = None) -> Table:
     """LAMBADA accuracy in percent. Raises MixedProtocolsError."""
     measurements = with_reference(task_accuracies(records, "lambada_openai", scale=100), percentage_pair)
     protocol = single_protocol(measurements)
@@ -134,10 +138,11 @@ def table2_lambada(records: Sequence[dict] = ()) -> Table:
         labels=lambda cell: (model_name(cell[0]), method_name(cell[1]), cell[2]),
         rank=lambda cell: (*model_rank(cell[0]), method_rank(cell[1]), cell[2]),
         notes=(*_protocol_lines(protocol), *pair_note(measurements)),
+        why=_why(not_run, "table2_perplexity"),
     )
 
 
-def table3_commonsense(records: Sequence[dict] = ()) -> Table:
+def table3_commonsense(records: Sequence[dict] = (), not_run: NotRun | None = None) -> Table:
     """Common-sense accuracy as fractions (acc_norm, where the task has it). Raises MixedProtocolsError."""
     by_task = {name: task_accuracies(records, task) for task, name in _COMMONSENSE_TASKS.items()}
     averaged = tuple(task for task, name in _COMMONSENSE_TASKS.items() if name in paper.COMMONSENSE_TASKS)
@@ -162,7 +167,13 @@ def table3_commonsense(records: Sequence[dict] = ()) -> Table:
         number="{:.4f}",
         signed="{:+.4f}",
         notes=tuple(notes),
+        why=_why(not_run, "table3_commonsense"),
     )
+
+
+def _why(not_run: NotRun | None, experiment: str) -> Why | None:
+    """For cells that begin with a model and a method, of a prepared sweep."""
+    return not_run and (lambda cell: not_run.accuracy(experiment, cell[0], cell[1]))
 
 
 def accuracy_tasks(records: Sequence[dict] = ()) -> Table:

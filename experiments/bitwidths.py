@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from experiments.accuracy_tables import model_name
 from experiments.comparison import NOT_REPORTED, NOT_RUN
 from experiments.end_to_end import BASELINE, INPUT_LEN, OUTPUT_LEN, Timed
+from experiments.not_run import NotRun
 from experiments.paper import STAGES
 from experiments.style import method_name
 from experiments.table import Column, Table
@@ -22,14 +23,14 @@ def bitwidth_rows(rows: Iterable[Timed]) -> list[Timed]:
     return sorted(found, key=lambda row: (groups.index(_group(row)), FORMATS.index(row.row["method"])))
 
 
-def figure1_table(rows: Iterable[Timed]) -> Table:
+def figure1_table(rows: Iterable[Timed], not_run: NotRun | None = None) -> Table:
     """Milliseconds of both stages and the ratio to FP16 of the same run. The paper's figures were not available."""
     columns = (
         Column("model", "model"),
         Column("batch_size", "batch", "{:d}"),
         Column("stage", "stage"),
         Column("format", "format"),
-        Column("measured", "measured ms", "{:.2f}", absent=NOT_RUN),
+        Column("measured", "measured ms", "{:.2f}", absent=NOT_RUN, explained=True),
         Column("ratio", "over FP16", "{:.2f}x"),
         Column("paper", "paper ms", "{:.0f}", absent=NOT_REPORTED),
         Column("device", "device"),
@@ -41,13 +42,17 @@ def figure1_table(rows: Iterable[Timed]) -> Table:
     drawn = [
         _row(each, stage, found) for group in groups for stage in STAGES for each in found if _group(each) == group
     ]
+    reasons = ()
     if not drawn:
         drawn = [(None, None, stage, method_name(name), *(None,) * 6) for stage in STAGES for name in FORMATS]
+        found = not_run.timing(INPUT_LEN, OUTPUT_LEN, "figure1_bitwidths") if not_run else ()
+        reasons = (tuple(reason.text for reason in found),) * len(drawn) if found else ()
     notes = (
         f"{INPUT_LEN} tokens in (context decoding), {OUTPUT_LEN} out (self-decoding: all tokens but the first), in one "
         "engine in which only the linear layers differ.",
     )
-    return Table("figure1_bitwidths", "Bit widths by stage (the paper's figure 1)", columns, tuple(drawn), notes)
+    title = "Bit widths by stage (the paper's figure 1)"
+    return Table("figure1_bitwidths", title, columns, tuple(drawn), notes, reasons)
 
 
 def _row(timed: Timed, stage: str, rows: list[Timed]) -> tuple:

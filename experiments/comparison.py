@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from experiments.measured import Measurement
+from experiments.not_run import Reason
 from experiments.table import Column, Table
 from odyssey.accuracy.statistics import PairedComparison
 
@@ -14,6 +15,9 @@ LEGEND = (
     f"measured: from records, {NOT_RUN} where there is none; paper: as reported, {NOT_REPORTED} where the figure was "
     "not available; difference: measured - paper."
 )
+
+# The reasons why a cell has no record.
+Why = Callable[[tuple], tuple[Reason, ...]]
 
 
 def comparison_table(
@@ -28,6 +32,7 @@ def comparison_table(
     number: str = "{:.2f}",
     signed: str = "{:+.2f}",
     notes: tuple[str, ...] = (),
+    why: Why | None = None,
 ) -> Table:
     """One row per cell and measurement of it; cells are those that the paper reports or that were measured.
 
@@ -36,7 +41,7 @@ def comparison_table(
     """
     columns = (
         *keys,
-        Column("measured", "measured", number, absent=NOT_RUN),
+        Column("measured", "measured", number, absent=NOT_RUN, explained=True),
         Column("paper", "paper", number, absent=NOT_REPORTED),
         Column("difference", "difference", signed),
         *paired_columns(signed),
@@ -44,17 +49,19 @@ def comparison_table(
         Column("commit", "commit"),
         Column("note", "note"),
     )
-    rows = []
+    rows, reasons = [], []
     for cell in sorted({*paper, *measured}, key=rank):
         figure = paper.get(cell)
         if not measured.get(cell):
             rows.append((*labels(cell), None, figure, None, *_NO_PAIR, None, None, None))
+            reasons.append(tuple(reason.text for reason in why(cell)) if why else ())
         for each in measured.get(cell, ()):
             difference = None if each.value is None or figure is None else each.value - figure
             shown = each.outcome if each.value is None else each.value
             compared = paired_values(each.paired, signed)
             rows.append((*labels(cell), shown, figure, difference, *compared, each.device, each.commit, each.note))
-    return Table(name, title, columns, tuple(rows), (LEGEND, *notes))
+            reasons.append(())
+    return Table(name, title, columns, tuple(rows), (LEGEND, *notes), tuple(reasons) if any(reasons) else ())
 
 
 def paired_columns(signed: str) -> tuple[Column, ...]:

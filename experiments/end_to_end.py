@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from experiments import paper
 from experiments.comparison import NOT_RUN
-from experiments.measured import Measurement, short_commit
+from experiments.measured import Measurement, format_label, model_of, short_commit
 from experiments.style import engine_rank, method_name
 from experiments.table import Column, Table
 from odyssey.record import OK
@@ -18,6 +18,8 @@ INPUT_LEN, OUTPUT_LEN = 1024, 128
 # The number format of the paper's method, and the name that tables give it.
 FORMAT, METHOD = "w4a8", "odyssey"
 BASELINE = "fp16"
+# Our format beside which the paper's ratios stand here: the same bit widths, in our engine.
+SAME_FORMAT = {"trtllm-fp16": BASELINE, "trtllm-w8a8": "w8a8"}
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,28 @@ def _runs(documents: Iterable[dict], records: Iterable[dict]) -> Iterator[tuple[
     ordered = [(document.get("started", ""), document, document["path"]) for document in documents]
     for record in records:
         latency = record.get("latency", {})
-        if latency.get("rows"):
-            content = {"environment": record.get("environment", {}), "rows": latency["rows"]}
+        rows = latency.get("rows") or _failed_rows(record)
+        if rows:
+            content = {"environment": record.get("environment", {}), "rows": rows}
             ordered.append((record.get("started", ""), content, record["path"]))
     for _, content, path in sorted(ordered, key=lambda each: (each[0], each[2])):
         yield content, path
+
+
+def _failed_rows(record: dict) -> list[dict]:
+    """The rows that a cell of the decode engine would have had, had it not failed before it timed anything."""
+    group = record.get("config", {}).get("latency", {})
+    if record.get("outcome") in (None, OK) or group.get("engine") != "odyssey":
+        return []
+    measured = {key: group[key] for key in ("batch_size", "input_len", "output_len")}
+    own = format_label(record).lower().replace("w16a16", BASELINE)
+    return [
+        {
+            "model": model_of(record), "method": method, **measured, "outcome": record["outcome"],
+            "reason": record.get("reason"), **dict.fromkeys(("prefill_ms", "total_ms", "floor_ms")),
+        }
+        for method in dict.fromkeys([own, *group["against"]])
+    ]  # fmt: skip
 
 
 def _rank(timed: Timed) -> tuple:
@@ -76,11 +95,15 @@ def _rank(timed: Timed) -> tuple:
 
 def speedup(timed: Timed, rows: Iterable[Timed], baseline: str) -> float | None:
     """Total time of `baseline` in the same run, model and batch size over that of `timed`."""
-    for other in rows:
-        same = (other.run, other.device, *other.key) == (timed.run, timed.device, *timed.key[:2], baseline)
-        if same and other.ok and timed.ok:
-            return other.row["total_ms"] / timed.row["total_ms"]
-    return None
+    other = _beside(timed, rows, baseline)
+    if other is None or not (other.ok and timed.ok):
+        return None
+    return other.row["total_ms"] / timed.row["total_ms"]
+
+
+def _beside(timed: Timed, rows: Iterable[Timed], method: str) -> Timed | None:
+    wanted = (timed.run, timed.device, *timed.key[:2], method)
+    return next((other for other in rows if (other.run, other.device, *other.key) == wanted), None)
 
 
 def latencies(rows: list[Timed], batch_size: int = 1) -> list[Measurement]:
@@ -96,11 +119,9 @@ def latencies(rows: list[Timed], batch_size: int = 1) -> list[Measurement]:
         found.append(_measurement(timed, name, timed.row["total_ms"] if timed.ok else None))
         if name != METHOD:
             continue
-        for baseline, engine in (("fp16", "trtllm-fp16"), ("w8a8", "trtllm-w8a8")):
-            ratio = speedup(timed, rows, baseline)
-            if ratio is not None:
-                note = f"measured: over {method_name(baseline)} in the same engine and run"
-                found.append(_measurement(timed, f"{METHOD} over {engine}", ratio, note))
+        for engine, baseline in SAME_FORMAT.items():
+            note = f"measured: over {method_name(baseline)} in the same engine and run"
+            found += _ratio(timed, rows, baseline, f"{METHOD} over {engine}", note)
     return found
 
 
@@ -109,10 +130,17 @@ def speedups(rows: list[Timed], batch_size: int = 1) -> list[Measurement]:
     found = []
     for timed in rows:
         if timed.row["method"] == FORMAT and timed.row["batch_size"] == batch_size:
-            ratio = speedup(timed, rows, BASELINE)
-            if ratio is not None:
-                found.append(_measurement(timed, METHOD, ratio))
+            found += _ratio(timed, rows, BASELINE, METHOD)
     return found
+
+
+def _ratio(timed: Timed, rows: list[Timed], baseline: str, name: str, note: str | None = None) -> list[Measurement]:
+    """The speed-up over `baseline` in the same run, or how one of the two failed; nothing where one is absent."""
+    other = _beside(timed, rows, baseline)
+    failed = next((each for each in (timed, other) if each is not None and not each.ok), None)
+    if failed is not None:
+        return [_measurement(failed, name, None)]
+    return [] if other is None else [_measurement(timed, name, other.row["total_ms"] / timed.row["total_ms"], note)]
 
 
 def _measurement(timed: Timed, method: str, value: float | None, note: str | None = None) -> Measurement:

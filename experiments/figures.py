@@ -7,9 +7,20 @@ from pathlib import Path
 
 from experiments import paper
 from experiments.accuracy_tables import model_name
+from experiments.comparison import NOT_RUN
+from experiments.end_to_end import BASELINE as FP16
 from experiments.end_to_end import Timed
-from experiments.gemm import BASELINE, KINDS, gemm_kinds, gemm_title
+from experiments.gemm import (
+    BASELINE,
+    KINDS,
+    SELF_DECODING,
+    gemm_kinds,
+    gemm_title,
+    over_fastgemm,
+    stage_label,
+)
 from experiments.measured import Measurement
+from experiments.not_run import NotRun, Reason
 from experiments.style import (
     COLUMN_WIDTH,
     PAGE_WIDTH,
@@ -97,14 +108,16 @@ def draw_gemm(document: dict, path: Path) -> list[Path]:
         return _save(figure, path)
 
 
-def draw_figure6(path: Path, measured: Sequence[Measurement] = ()) -> list[Path]:
-    """Speed-up of W4A8 over FP16 in the same engine, by model; of a model that ran on several GPUs the last one."""
-    devices = {each.model: each.device for each in measured}
-    measured = {each.model: each.value for each in measured}
+def draw_figure6(path: Path, measured: Sequence[Measurement] = (), not_run: NotRun | None = None) -> list[Path]:
+    """Speed-up of W4A8 over FP16 in the same engine, by model; of a model that ran on several GPUs the last one. A
+    model without a figure says why."""
+    devices = {each.model: each.device for each in measured if each.value is not None}
+    failed = {each.model: each.outcome for each in measured if each.value is None}
+    measured = {each.model: each.value for each in measured if each.value is not None}
     label = f"measured, {' and '.join(sorted(set(map(_short_device, devices.values()))))}" if devices else "measured"
     plt = _pyplot()
     reported = {model: figure.value for (model,), figure in paper.reported(paper.ENGINE_SPEEDUP).items()}
-    models = [*reported, *(model for model in measured if model not in reported)]
+    models = [*reported, *(model for model in (*measured, *failed) if model not in reported)]
     with plt.rc_context(_STYLE):
         figure, axis = plt.subplots(figsize=(COLUMN_WIDTH, 2.4))
         for shift, values, colour, name in (
@@ -118,7 +131,9 @@ def draw_figure6(path: Path, measured: Sequence[Measurement] = ()) -> list[Path]
             if values is measured:
                 for place, model in enumerate(models):
                     if model not in measured:
-                        axis.text(place + shift, 0.03, "not run", rotation=90, ha="center", va="bottom", fontsize=7)
+                        why = not_run.latency("figure6_speedup", model, (FP16,)) if not_run else ()
+                        text = failed.get(model) or _not_run(why)
+                        axis.text(place + shift, 0.03, text, rotation=90, ha="center", va="bottom", fontsize=7)
         axis.axhline(1, color=method_colour("fp16"), linewidth=0.8)
         axis.set_xticks(range(len(models)), [model_name(model) for model in models])
         axis.set_ylabel("speed-up over FP16")
@@ -126,6 +141,11 @@ def draw_figure6(path: Path, measured: Sequence[Measurement] = ()) -> list[Path]
         axis.legend(loc="upper left")
         figure.tight_layout()
         return _save(figure, path)
+
+
+def _not_run(reasons: Sequence[Reason]) -> str:
+    short = ", ".join(reason.short for reason in reasons if reason.short)
+    return f"{NOT_RUN}: {short}" if short else NOT_RUN
 
 
 def _short_device(name: str) -> str:
@@ -184,31 +204,45 @@ def _stack(axis, found: list[Timed], title: str) -> None:
     axis.margins(y=0.15)
 
 
-def draw_figure7(path: Path, documents: Sequence[dict] = ()) -> list[Path]:
-    """Kinds of W4A8 GEMM in self-decoding: time over FastGEMM's, the paper's panel and one for each measured size."""
+def draw_figure7(path: Path, documents: Sequence[dict] = (), not_run: NotRun | None = None) -> list[Path]:
+    """Kinds of W4A8 GEMM, time over FastGEMM's: a panel for each GPU and phase with a group of bars for each size, the
+    paper's among those of self-decoding, the phase that it shows."""
     plt = _pyplot()
+    panels = [
+        (f"{stage_label(stage)}, {document['environment']['gpu']}", stage, sizes)
+        for document in documents
+        for stage, sizes in gemm_kinds(document).items()
+        if sizes
+    ]
+    if not panels:
+        why = not_run.product("fastgemm", "figure7_gemm_kinds") if not_run else ()
+        panels = [(f"{stage_label(SELF_DECODING)}\nmeasured: {_not_run(why)}", SELF_DECODING, {})]
     reported = {kernel: figure.value for (kernel,), figure in paper.reported(paper.GEMM_KINDS).items()}
-    panels = [("paper, A100-80G", reported)]
-    for document in documents:
-        gpu = document["environment"]["gpu"]
-        panels += [(f"{gpu}\n{size}", kinds) for size, kinds in gemm_kinds(document).items()]
-    if len(panels) == 1:
-        panels.append(("measured: not run", {}))
-    width = max(COLUMN_WIDTH, 1.7 * len(panels))
+    papers = {"paper\nA100-80G": reported}
+    groups = [{**(papers if stage == SELF_DECODING else {}), **sizes} for _, stage, sizes in panels]
+    widest = max(map(len, groups))
     with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(1, len(panels), figsize=(width, 2.6), squeeze=False, sharey=True)
-        for axis, (title, kinds) in zip(axes[0], panels, strict=True):
-            base = kinds.get("fastgemm-sm80", kinds.get("fastgemm"))
-            shown = [kernel for kernel in KINDS if kernel in kinds] if base else []
-            ratios = [kinds[kernel] / base for kernel in shown]
-            bars = axis.bar(range(len(shown)), ratios, 0.6, color=[kernel_colour(kernel) for kernel in shown])
-            axis.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], fontsize=7)
-            names = [kernel_name(kernel).replace(" W4A8", "") for kernel in shown]
-            axis.set_xticks(range(len(shown)), names, rotation=30, ha="right")
+        size = (min(PAGE_WIDTH, max(COLUMN_WIDTH, 1.2 * widest)), 1.9 * len(panels) + 0.5)
+        figure, axes = plt.subplots(len(panels), 1, figsize=size, squeeze=False)
+        for axis, (title, *_), sizes in zip(axes[:, 0], panels, groups, strict=True):
+            _grouped_bars(axis, {label: over_fastgemm(kinds) for label, kinds in sizes.items()})
             axis.set_title(title)
-            axis.margins(y=0.15)
-            if not shown:
-                axis.set_axis_off()
-        axes[0][0].set_ylabel("time over FastGEMM's")
-        figure.tight_layout()
+            axis.set_ylabel("time over FastGEMM's")
+        shown = [kernel for kernel in KINDS if any(kernel in kinds for sizes in groups for kinds in sizes.values())]
+        handles = [plt.Rectangle((0, 0), 1, 1, color=kernel_colour(kernel)) for kernel in shown]
+        labels = [kernel_name(kernel).replace(" W4A8", "") for kernel in shown]
+        figure.legend(handles, labels, loc="lower center", ncols=3 if widest > 1 else 2)
+        figure.tight_layout(rect=(0, 0.45 / size[1], 1, 1))
         return _save(figure, path)
+
+
+def _grouped_bars(axis, groups: dict[str, dict[str, float]]) -> None:
+    """A group of bars for each size, one for each kernel that was measured on it, in the kernels' colours."""
+    for place, ratios in enumerate(groups.values()):
+        width = 0.84 / max(1, len(ratios))
+        for number, (kernel, ratio) in enumerate(ratios.items()):
+            left = place - 0.42 + (number + 0.5) * width
+            bars = axis.bar(left, ratio, 0.92 * width, color=kernel_colour(kernel))
+            axis.bar_label(bars, [f"{ratio:.2f}"], fontsize=6, rotation=90 if len(groups) > 4 else 0, padding=1)
+    axis.set_xticks(range(len(groups)), list(groups), fontsize=6)
+    axis.margins(y=0.25)

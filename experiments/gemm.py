@@ -7,14 +7,17 @@ from collections.abc import Iterator, Sequence
 from experiments import paper
 from experiments.comparison import NOT_REPORTED, NOT_RUN
 from experiments.measured import Measurement, short_commit
+from experiments.not_run import NotRun
 from experiments.style import kernel_name
 from experiments.table import Column, Table
 
 BASELINE = "cublas-fp16"
 # Figure 7 compares kinds of W4A8 kernels on one product; all four share the mma.sync kernel.
 KINDS = ("unfused", "grouped", "asymmetric", "fastgemm-sm80", "fastgemm")
-# Tokens of a product in each of the paper's phases: self-decoding, context decoding.
-DECODE_TOKENS, PREFILL_TOKENS = 1, 1024
+# The paper's phases by the tokens of their products: it decodes one token and reads 1024.
+STAGE_TOKENS = dict(zip(paper.STAGES, (1024, 1), strict=True))
+# The phase of the paper's figure 7.
+SELF_DECODING = paper.STAGES[1]
 
 
 def gemm_title(document: dict) -> str:
@@ -97,27 +100,42 @@ def gemm_table(document: dict) -> Table:
     return Table("gemm", f"Matrix products, {gemm_title(document)}", columns, tuple(rows), tuple(notes))
 
 
-def gemm_kinds(document: dict) -> dict[str, dict[str, float]]:
-    """Microseconds by size and kind, sizes with at least two kinds, correct results only: first self-decoding (one
-    token), then context decoding, whose sizes end in ", M = 1024"."""
-    phases: dict[int, dict[str, dict[str, float]]] = {DECODE_TOKENS: {}, PREFILL_TOKENS: {}}
+def gemm_kinds(document: dict) -> dict[str, dict[str, dict[str, float]]]:
+    """Microseconds by phase, size and kind: first self-decoding (one token), then context decoding (1024). Correct
+    results only, and sizes with a kind to compare FastGEMM with."""
+    stages = {tokens: stage for stage, tokens in STAGE_TOKENS.items()}
+    found: dict[str, dict[str, dict[str, float]]] = {stages[tokens]: {} for tokens in sorted(stages)}
     for row, measurement in gemm_cells(document):
-        if row["m"] in phases and row["kernel"] in KINDS and measurement.value is not None:
-            size = f"{row['n']} x {row['k']}" + ("" if row["m"] == DECODE_TOKENS else f", M = {row['m']}")
-            phases[row["m"]].setdefault(size, {})[row["kernel"]] = measurement.value
-    sizes = {size: kinds for phase in phases.values() for size, kinds in phase.items()}
-    return {size: kinds for size, kinds in sizes.items() if set(kinds) - {"fastgemm", "fastgemm-sm80"}}
+        if row["m"] in stages and row["kernel"] in KINDS and measurement.value is not None:
+            size = found[stages[row["m"]]].setdefault(f"{row['n']} x {row['k']}", {})
+            size[row["kernel"]] = measurement.value
+    return {
+        stage: {size: kinds for size, kinds in sizes.items() if set(kinds) - {"fastgemm", "fastgemm-sm80"}}
+        for stage, sizes in found.items()
+    }
 
 
-def figure7_table(documents: Sequence[dict]) -> Table:
+def over_fastgemm(kinds: dict[str, float]) -> dict[str, float]:
+    """Times over FastGEMM's on mma.sync where that was measured, as the kinds share its main loop; in the order of
+    KINDS, nothing without FastGEMM."""
+    base = kinds.get("fastgemm-sm80", kinds.get("fastgemm"))
+    return {kernel: kinds[kernel] / base for kernel in KINDS if kernel in kinds} if base else {}
+
+
+def stage_label(stage: str) -> str:
+    return f"{stage} (M = {STAGE_TOKENS[stage]})"
+
+
+def figure7_table(documents: Sequence[dict], not_run: NotRun | None = None) -> Table:
     """The paper's figure 7 as a table: microseconds, and the ratio to the per-channel symmetric kernel.
 
     Measured ratios are to FastGEMM on mma.sync where that was measured: the kinds share its main loop.
     """
     columns = (
+        Column("stage", "phase"),
         Column("size", "size"),
         Column("kernel", "kernel"),
-        Column("measured_us", "measured µs", "{:.2f}", absent=NOT_RUN),
+        Column("measured_us", "measured µs", "{:.2f}", absent=NOT_RUN, explained=True),
         Column("measured_ratio", "ratio", "{:.2f}"),
         Column("paper_us", "paper µs", "{:.0f}", absent=NOT_REPORTED),
         Column("paper_ratio", "paper ratio", "{:.2f}"),
@@ -126,28 +144,31 @@ def figure7_table(documents: Sequence[dict]) -> Table:
         Column("commit", "commit"),
     )
     reported = {kernel: figure.value / 1e3 for (kernel,), figure in paper.reported(paper.GEMM_KINDS).items()}
-    ratios = {kernel: value / reported["fastgemm"] for kernel, value in reported.items()}
+    ratios = over_fastgemm(reported)
     rows = []
     for document in documents:
-        environment = document["environment"]
-        for size, kinds in gemm_kinds(document).items():
-            base = "fastgemm-sm80" if "fastgemm-sm80" in kinds else "fastgemm"
-            for kernel in (kernel for kernel in KINDS if kernel in kinds):
-                ratio = kinds[kernel] / kinds[base] if base in kinds else None
-                # The paper's figure is of self-decoding.
-                paper_us, paper_ratio = (None, None) if ", M" in size else (reported.get(kernel), ratios.get(kernel))
-                difference = None if ratio is None or paper_ratio is None else ratio - paper_ratio
-                commit = short_commit(environment.get("git_commit"))
-                rows.append(
-                    (size, kernel_name(kernel), kinds[kernel], ratio, paper_us, paper_ratio, difference,
-                     environment["gpu"], commit)
-                )  # fmt: skip
-    if not rows:
-        for kernel, value in reported.items():
-            rows.append((None, kernel_name(kernel), None, None, value, ratios[kernel], None, None, None))
+        device, commit = document["environment"]["gpu"], short_commit(document["environment"].get("git_commit"))
+        for stage, sizes in gemm_kinds(document).items():
+            for size, kinds in sizes.items():
+                measured = over_fastgemm(kinds)
+                for kernel in (kernel for kernel in KINDS if kernel in kinds):
+                    ratio = measured.get(kernel)
+                    ours = (stage_label(stage), size, kernel_name(kernel), kinds[kernel], ratio)
+                    papers = (reported.get(kernel), ratios.get(kernel)) if stage == SELF_DECODING else (None, None)
+                    difference = None if None in (ratio, papers[1]) else ratio - papers[1]
+                    rows.append((*ours, *papers, difference, device, commit))
+    reasons = [()] * len(rows)
+    measured = {row[2] for row in rows if row[0] == stage_label(SELF_DECODING)}
+    for kernel, value in reported.items():
+        if kernel_name(kernel) in measured:
+            continue
+        cell = (stage_label(SELF_DECODING), None, kernel_name(kernel))
+        rows.append((*cell, None, None, value, ratios[kernel], None, None, None))
+        found = not_run.product(kernel, "figure7_gemm_kinds") if not_run else ()
+        reasons.append(tuple(reason.text for reason in found))
     notes = (
-        "Self-decoding, M = 1, unless the size says otherwise (context decoding). The paper shows self-decoding; its "
-        "size is not known and its GPU is an A100: compare the ratios.",
+        "The paper shows self-decoding; its size is not known and its GPU is an A100: compare the ratios.",
         f"Source of the paper's asymmetric kernel: {paper.reported(paper.GEMM_KINDS)['asymmetric',].source}.",
     )
-    return Table("figure7_gemm_kinds", "Kinds of W4A8 GEMM (the paper's figure 7)", columns, tuple(rows), notes)
+    title = "Kinds of W4A8 GEMM (the paper's figure 7)"
+    return Table("figure7_gemm_kinds", title, columns, tuple(rows), notes, tuple(reasons) if any(reasons) else ())

@@ -7,16 +7,15 @@ from collections.abc import Sequence
 from experiments import paper
 from experiments.accuracy_tables import model_name, model_rank
 from experiments.comparison import comparison_table
-from experiments.gemm import gemm_cells
+from experiments.end_to_end import BASELINE, METHOD, SAME_FORMAT
+from experiments.gemm import STAGE_TOKENS, gemm_cells
 from experiments.measured import Measurement, single_protocol, with_differences
+from experiments.not_run import NotRun, Reason
 from experiments.style import engine_rank, kernel_name, method_name
 from experiments.table import Column, Table
 
-# The table's stages are known by their number of tokens: the paper decodes one token and reads 1024.
-_STAGE_TOKENS = {"context decoding": 1024, "self-decoding": 1}
 
-
-def table4_latency(measurements: Sequence[Measurement] = ()) -> Table:
+def table4_latency(measurements: Sequence[Measurement] = (), not_run: NotRun | None = None) -> Table:
     """Milliseconds for 1024 tokens in and 128 out, and their ratios; measurements are of end_to_end.latencies.
 
     Raises MixedProtocolsError.
@@ -43,7 +42,15 @@ def table4_latency(measurements: Sequence[Measurement] = ()) -> Table:
             "FP16 and over W8A8 of the same run. Milliseconds of different GPUs are different quantities; compare the "
             "ratios.",
         ),
+        why=not_run and (lambda cell: _why_no_latency(not_run, *cell)),
     )
+
+
+def _why_no_latency(not_run: NotRun, model: str, engine: str) -> tuple[Reason, ...]:
+    ours, _, other = engine.partition(" over ")
+    if ours != METHOD:
+        return not_run.engine()
+    return not_run.latency("table4_latency", model, (SAME_FORMAT[other],) if other else ())
 
 
 def engine_name(engine: str) -> str:
@@ -51,7 +58,7 @@ def engine_name(engine: str) -> str:
     return f"{method_name(ours)} over {method_name(other)}" if other else method_name(engine)
 
 
-def figure6_table(measurements: Sequence[Measurement] = ()) -> Table:
+def figure6_table(measurements: Sequence[Measurement] = (), not_run: NotRun | None = None) -> Table:
     """Speed-up of W4A8 over FP16 in the same engine, by model. Raises MixedProtocolsError."""
     single_protocol(list(measurements))
     limit = paper.HUGGING_FACE_SPEEDUP
@@ -64,16 +71,17 @@ def figure6_table(measurements: Sequence[Measurement] = ()) -> Table:
         labels=lambda cell: (model_name(cell[0]),),
         rank=lambda cell: model_rank(cell[0]),
         notes=(f"Over Hugging Face FP16 the paper reports up to {limit.value:g}x.",),
+        why=not_run and (lambda cell: not_run.latency("figure6_speedup", cell[0], (BASELINE,))),
     )
 
 
-def table5_gemm(documents: Sequence[dict] = ()) -> Table:
+def table5_gemm(documents: Sequence[dict] = (), not_run: NotRun | None = None) -> Table:
     """One GEMM in milliseconds: the paper's figures, whose size is not known, and what was measured, by size."""
     reported = {
         (stage, kernel, "", figure.unit): figure.value
         for (stage, kernel), figure in paper.reported(paper.QUIK_GEMM).items()
     }
-    tokens = {m: stage for stage, m in _STAGE_TOKENS.items()}
+    tokens = {m: stage for stage, m in STAGE_TOKENS.items()}
     measured: dict[tuple, list[Measurement]] = {}
     for document in documents:
         for row, measurement in gemm_cells(document, scale=1e-3):
@@ -92,7 +100,13 @@ def table5_gemm(documents: Sequence[dict] = ()) -> Table:
         number="{:.4g}",
         signed="{:+.4g}",
         notes=("The size of the paper's GEMM is not among its available figures, so no difference can be given.",),
+        why=not_run and (lambda cell: _why_no_product(not_run, cell[1])),
     )
+
+
+def _why_no_product(not_run: NotRun, kernel: str) -> tuple[Reason, ...]:
+    """A ratio has the reasons of its denominator, which is not ours."""
+    return not_run.product(kernel.rpartition(" over ")[2], "table5_gemm", has_size=False)
 
 
 def _kernel(kernel: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from experiments.recipes import recipe_of
 from odyssey.accuracy.statistics import PairedComparison
 from odyssey.record import OK
 
@@ -207,20 +208,6 @@ def _shown(key: str, value: object) -> object:
     return Path(str(value)).name if key.endswith("path") and value is not None else value
 
 
-def recipe_of(config: dict) -> str | None:
-    """The steps of a cell of the ablation, as the paper names them: vanilla, LWC, LWC + GPTQ, ...; None otherwise."""
-    method = config["method"]
-    if method["name"] == "rtn":
-        return "vanilla" if method["symmetric"] else None
-    if method["name"] != "odyssey":
-        return None
-    steps = [
-        {"learned": "LWC", "search": "clip search"}.get(method["clipping"]),
-        {"gptq": "GPTQ"}.get(method["compensation"]),
-    ]
-    return " + ".join(step for step in steps if step) or "vanilla"
-
-
 def device_of(record: dict) -> str:
     """GPU or CPU name, and the dtype of what is not quantized."""
     environment = record.get("environment", {})
@@ -229,6 +216,16 @@ def device_of(record: dict) -> str:
     name = gpu["name"] if on_gpu else environment.get("cpu") or "CPU"
     dtype = record.get("model", {}).get("dtype")
     return f"{name}, {dtype}" if dtype else name
+
+
+def model_of(record: dict) -> str:
+    """The model's name, also of a cell that ended before it said it."""
+    return record.get("model", {}).get("name") or record["config"]["model"]["name"]
+
+
+def format_label(record: dict) -> str:
+    """W4A8 and the like, also of a cell that ended before it said it."""
+    return record.get("method", {}).get("label") or _format_of(record["config"]["method"])
 
 
 def short_commit(commit: str | None) -> str | None:
@@ -245,9 +242,9 @@ def _measurement(
     failed = None if value is not None else f"{record['outcome']}: {record.get('reason')}"
     simulated = simulated or method.get("arithmetic") == "simulated"
     return Measurement(
-        model=record.get("model", {}).get("name") or config["model"]["name"],
+        model=model_of(record),
         method=config["method"]["name"],
-        format=method.get("label") or _format_of(config["method"]),
+        format=format_label(record),
         recipe=recipe_of(config),
         value=value,
         outcome=OK if value is not None else record["outcome"],

@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from experiments.recipes import FULL_RECIPE, recipe_of
 from experiments.style import method_colour, method_name, method_rank
 
 COLUMNS = (
@@ -62,14 +63,8 @@ def describe_cell(record: dict) -> str:
 def describe_method(method: dict) -> str:
     """The method's name, with what makes an ablation of it."""
     name = method_name(method["name"])
-    if method["name"] != "odyssey":
-        return name
-    steps = [
-        {"learned": "LWC", "search": "clip search"}.get(method["clipping"]),
-        {"gptq": "GPTQ"}.get(method["compensation"]),
-    ]
-    kept = [step for step in steps if step]
-    return name if kept == ["LWC", "GPTQ"] else f"{name} ({' + '.join(kept) or 'vanilla'})"
+    recipe = recipe_of({"method": method}) if method["name"] == "odyssey" else FULL_RECIPE
+    return name if recipe == FULL_RECIPE else f"{name} ({recipe})"
 
 
 _FORMATS = {

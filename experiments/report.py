@@ -20,6 +20,7 @@ from experiments.gemm import figure7_table, gemm_table
 from experiments.latency_tables import figure6_table, table4_latency, table5_gemm
 from experiments.measured import Measurement, asked_datasets, perplexities, single_protocol
 from experiments.mmlu import table_mmlu
+from experiments.not_run import NotRun
 from experiments.sources import Sources, load_sources
 from experiments.table import Table
 
@@ -52,7 +53,7 @@ def write_report(directory: Path = RESULTS) -> list[Path]:
 
 
 def _accuracy(sources: Sources) -> list[str]:
-    sections = ["## Accuracy\n"]
+    sections, not_run = ["## Accuracy\n"], NotRun(sources)
     found = perplexities(sources.records)
     groups = _by_protocol(found)
     if not any(protocol.dataset == "wikitext2" for protocol in groups):
@@ -65,10 +66,11 @@ def _accuracy(sources: Sources) -> list[str]:
             options = f" --dataset {protocol.dataset} --text {protocol.text[:8]} --window {protocol.window}"
         first = table2_c4 if protocol and protocol.dataset == "c4" else table2_perplexity
         for build in (first, table6_ablation):
-            table = build(measurements)
+            table = build(measurements, not_run)
             if table.rows:
                 sections.append(_section(table, options))
-    sections += [_section(build(sources.records)) for build in (table2_lambada, table3_commonsense, table_mmlu)]
+    for build in (table2_lambada, table3_commonsense, table_mmlu):
+        sections.append(_section(build(sources.records, not_run)))
     tasks = accuracy_tasks(sources.records)
     if tasks.rows:
         sections.append(_section(tasks))
@@ -77,7 +79,7 @@ def _accuracy(sources: Sources) -> list[str]:
 
 def _latency(sources: Sources, directory: Path, written: list[Path]) -> list[str]:
     figures = directory / "figures"
-    sections = ["## Single matrix products\n"]
+    sections, not_run = ["## Single matrix products\n"], NotRun(sources)
     for document in sources.gemm:
         path = Path(document["path"])
         stem = figures / f"gemm-{_slug(path.parent.parent.name)}-{_slug(path.stem)}"
@@ -92,13 +94,16 @@ def _latency(sources: Sources, directory: Path, written: list[Path]) -> list[str
         sections.append(f"### {table.title}\n\n`{command}`\n\n{shown}\n{folded}")
     if not sources.gemm:
         sections.append("Not run: `python -m fastgemm.bench --json FILE`.\n")
-    written += draw_figure7(figures / "figure7_gemm_kinds", sources.gemm)
-    sections.append(_section(figure7_table(sources.gemm), picture=_picture(figures / "figure7_gemm_kinds", "figure 7")))
-    sections.append(_section(table5_gemm(sources.gemm)))
+    written += draw_figure7(figures / "figure7_gemm_kinds", sources.gemm, not_run)
+    picture = _picture(figures / "figure7_gemm_kinds", "figure 7")
+    sections.append(_section(figure7_table(sources.gemm, not_run), picture=picture))
+    sections.append(_section(table5_gemm(sources.gemm, not_run)))
     rows = timed_rows(sources.end_to_end, sources.records)
-    sections += ["## End to end\n", _section(table4_latency(latencies(rows))), _section(figure1_table(rows))]
-    written += draw_figure6(figures / "figure6_speedup", speedups(rows))
-    sections.append(_section(figure6_table(speedups(rows)), picture=_picture(figures / "figure6_speedup", "figure 6")))
+    sections += ["## End to end\n", _section(table4_latency(latencies(rows), not_run))]
+    sections.append(_section(figure1_table(rows, not_run)))
+    written += draw_figure6(figures / "figure6_speedup", speedups(rows), not_run)
+    picture = _picture(figures / "figure6_speedup", "figure 6")
+    sections.append(_section(figure6_table(speedups(rows), not_run), picture=picture))
     if rows:
         written += draw_end_to_end(figures / "end_to_end", rows)
         picture = _picture(figures / "end_to_end", "prefill and decoding")

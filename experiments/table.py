@@ -7,6 +7,7 @@ import io
 import re
 import sys
 from dataclasses import dataclass, field
+from itertools import chain
 
 from rich import box
 from rich.console import Console
@@ -19,12 +20,13 @@ FORMATS = ("terminal", "md", "tex", "csv")
 @dataclass(frozen=True)
 class Column:
     """key: heading in CSV; heading: elsewhere. format: of a number; None for text. absent: what an empty cell says
-    (CSV leaves it empty)."""
+    (CSV leaves it empty). explained: an empty cell is marked with the row's reasons."""
 
     key: str
     heading: str
     format: str | None = None
     absent: str = ""
+    explained: bool = False
 
     def text(self, value: object) -> str:
         if value is None:
@@ -34,18 +36,32 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """name: of the command that draws it. rows: one value per column, None where there is none. notes: lines below."""
+    """name: of the command that draws it. rows: one value per column, None where there is none. notes: lines below.
+    reasons: for each row why its explained column is empty, () where it is not; each stands below the table once, under
+    the number that marks its cells. CSV has them in a column of their own."""
 
     name: str
     title: str
     columns: tuple[Column, ...]
     rows: tuple[tuple, ...]
     notes: tuple[str, ...] = field(default=())
+    reasons: tuple[tuple[str, ...], ...] = field(default=())
 
     def __post_init__(self) -> None:
         for row in self.rows:
             if len(row) != len(self.columns):
                 raise ValueError(f"{self.name}: a row of {len(row)} values for {len(self.columns)} columns: {row}")
+        if self.reasons and len(self.reasons) != len(self.rows):
+            raise ValueError(f"{self.name}: reasons for {len(self.reasons)} of {len(self.rows)} rows")
+
+    def marks(self) -> dict[str, int]:
+        """The reasons' numbers, in the order in which they are met."""
+        return {reason: number for number, reason in enumerate(dict.fromkeys(chain(*self.reasons)), 1)}
+
+    def lines(self) -> list[str]:
+        """What stands below the table."""
+        absent = next((column.absent for column in self.columns if column.explained), "")
+        return [*self.notes, *(f"({number}) {absent}: {reason}." for reason, number in self.marks().items())]
 
     def shown(self) -> tuple[Column, ...]:
         """Columns that say something; a column of figures stays although it is empty."""
@@ -58,7 +74,15 @@ class Table:
     def texts(self) -> list[list[str]]:
         shown = self.shown()
         kept = [number for number, column in enumerate(self.columns) if column in shown]
-        return [[self.columns[number].text(row[number]) for number in kept] for row in self.rows]
+        marks, found = self.marks(), []
+        for row, reasons in zip(self.rows, self.reasons or ((),) * len(self.rows), strict=True):
+            texts = [self.columns[number].text(row[number]) for number in kept]
+            if reasons:
+                mark = f" ({', '.join(map(str, sorted(marks[reason] for reason in reasons)))})"
+                empty = [self.columns[number].explained and row[number] is None for number in kept]
+                texts = [text + mark if marked else text for text, marked in zip(texts, empty, strict=True)]
+            found.append(texts)
+        return found
 
     def render(self, format: str) -> str:
         """Raises ValueError for an unknown format."""
@@ -75,7 +99,7 @@ class Table:
         # A pipe or a log has no width of its own, and a cell that is cut off says nothing.
         console = Console(file=io.StringIO(), width=None if sys.stdout.isatty() else 180)
         console.print(table)
-        return console.file.getvalue().rstrip() + "\n" + "".join(f"{note}\n" for note in self.notes)
+        return console.file.getvalue().rstrip() + "\n" + "".join(f"{line}\n" for line in self.lines())
 
     def _markdown(self) -> str:
         lines = [
@@ -85,7 +109,7 @@ class Table:
             "|" + "".join("---:|" if column.format else "---|" for column in self.shown()),
         ]
         lines += ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in self.texts()]
-        lines += ["", *(f"{note}  " for note in self.notes)] if self.notes else []
+        lines += ["", *(f"{line}  " for line in self.lines())] if self.lines() else []
         return "\n".join(lines).rstrip() + "\n"
 
     def _latex(self) -> str:
@@ -103,7 +127,7 @@ class Table:
             *(" & ".join(map(escape_latex, row)) + " \\\\" for row in self.texts()),
             "\\bottomrule",
             "\\end{tabular}",
-            *(f"\\par\\footnotesize {escape_latex(note)}" for note in self.notes),
+            *(f"\\par\\footnotesize {escape_latex(line)}" for line in self.lines()),
             "\\end{table}",
         ]
         return "\n".join(lines) + "\n"
@@ -112,12 +136,13 @@ class Table:
         """All columns, figures as they are in the records; a word in a column of figures is left to the others."""
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([column.key for column in self.columns])
-        for row in self.rows:
-            writer.writerow(
+        writer.writerow([*(column.key for column in self.columns), *(["not_run"] if self.reasons else [])])
+        for number, row in enumerate(self.rows):
+            values = (
                 "" if value is None or (column.format and isinstance(value, str)) else value
                 for column, value in zip(self.columns, row, strict=True)
             )
+            writer.writerow([*values, *(["; ".join(self.reasons[number])] if self.reasons else [])])
         return file.getvalue()
 
 

@@ -75,7 +75,7 @@ def measured_tables(sources: Sources, only_measured: bool) -> dict[str, Table]:
     found = {}
     for name, entry in CATALOGUE.items():
         try:
-            table = entry.table(sources, Selection())
+            table = entry.table(sources, Selection(explain=False))
         except MixedProtocolsError as error:
             print(f"tracking: {name} is left out: {error}")
             continue

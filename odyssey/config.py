@@ -23,12 +23,14 @@ AUTO = "auto"
 @dataclass
 class ModelConfig:
     """name: how outputs and tables call it. hub_id: repository on the Hugging Face hub. path: a local directory in
-    Hugging Face layout, which wins over hub_id. revision: branch, tag or commit on the hub."""
+    Hugging Face layout, which wins over hub_id. revision: branch, tag or commit on the hub. gated: whether the hub asks
+    for an accepted licence (null: not known)."""
 
     name: str = MISSING
     hub_id: str | None = None
     path: str | None = None
     revision: str = "main"
+    gated: bool | None = None
 
 
 @dataclass

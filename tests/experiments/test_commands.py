@@ -155,7 +155,8 @@ def test_report_names_figures_and_commands_that_exist(results, capsys):
         assert (results / figure).stat().st_size < 200_000
     assert len(re.findall(r"\]\(figures/", text)) == 3
     assert "| testbed | OdysseyLLM | W4A8 | 36.500 |" in text
-    assert "| LLaMA-7B | FP16 | W16A16 | not run | 5.730 |" in text
+    assert "| LLaMA-7B | FP16 | W16A16 | not run (1) | 5.730 |" in text
+    assert "(1) not run: " in text
     assert "plans.json" in text
     capsys.readouterr()
     # The commands in the report are taken by the command line and draw the same rows.

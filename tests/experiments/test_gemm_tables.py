@@ -29,9 +29,13 @@ KINDS = gemm_result(
 )
 
 
+def rows_of(table):
+    return [dict(zip((column.key for column in table.columns), row, strict=True)) for row in table.rows]
+
+
 def test_gemm_table():
     table = gemm_table(RESULT)
-    rows = [dict(zip((column.key for column in table.columns), row, strict=True)) for row in table.rows]
+    rows = rows_of(table)
     assert (rows[0]["n_x_k"], rows[0]["m"], rows[0]["kernel"], rows[0]["time_us"]) == (
         "4096 x 4096", 1, "FastGEMM W4A8", 5.0,
     )  # fmt: skip
@@ -50,8 +54,7 @@ def test_a_kernel_that_was_not_available_is_a_row_with_its_reason():
 
 
 def test_table5_keeps_our_sizes_apart_from_the_papers():
-    table = table5_gemm([RESULT])
-    rows = [dict(zip((column.key for column in table.columns), row, strict=True)) for row in table.rows]
+    rows = rows_of(table5_gemm([RESULT]))
     ours = [row for row in rows if row["measured"] is not None]
     assert [(row["stage"], row["size"], row["paper"], row["difference"]) for row in ours] == [
         ("context decoding", "4096 x 4096, M = 1024", None, None),
@@ -63,31 +66,75 @@ def test_table5_keeps_our_sizes_apart_from_the_papers():
 
 
 def test_figure7_compares_ratios():
-    assert gemm_kinds(KINDS) == {"4096 x 4096": {"fastgemm-sm80": 10.0, "grouped": 25.0, "asymmetric": 12.0}}
-    table = figure7_table([KINDS])
-    rows = {row[1]: dict(zip((column.key for column in table.columns), row, strict=True)) for row in table.rows}
+    assert gemm_kinds(KINDS) == {
+        "self-decoding": {"4096 x 4096": {"fastgemm-sm80": 10.0, "grouped": 25.0, "asymmetric": 12.0}},
+        "context decoding": {},
+    }
+    rows = {row["kernel"]: row for row in rows_of(figure7_table([KINDS]))}
     grouped = rows["fine-grained g128"]
     assert (grouped["measured_us"], grouped["measured_ratio"], grouped["paper_us"]) == (25.0, 2.5, 264.0)
     assert grouped["difference"] == pytest.approx(2.5 - 264 / 87)
     assert rows["FastGEMM W4A8 (mma.sync)"]["measured_ratio"] == 1.0
+    # What only the paper has keeps its place.
+    assert (rows["FastGEMM W4A8"]["measured_us"], rows["FastGEMM W4A8"]["paper_us"]) == (None, 87.0)
 
 
-def test_figure7_has_both_phases():
-    kinds = [("fastgemm-sm80", 100.0), ("grouped", 150.0), ("fastgemm", 50.0)]
-    result = gemm_result([(4096, 4096, 1024, kernel, time, True) for kernel, time in kinds])
-    result["rows"] += KINDS["rows"]
-    assert list(gemm_kinds(result)) == ["4096 x 4096", "4096 x 4096, M = 1024"]
-    table = figure7_table([result])
-    prefill = {row[1]: row[2:7] for row in table.rows if row[0] == "4096 x 4096, M = 1024"}
-    assert prefill["fine-grained g128"] == (150.0, 1.5, None, None, None)
-    assert prefill["FastGEMM W4A8"][1] == 0.5
+PHASES = {"self-decoding (M = 1)": (1, 10.0), "context decoding (M = 1024)": (1024, 100.0)}
+
+
+@pytest.fixture
+def both_phases():
+    """What the prepared sweep of figure 7 measures: every kind in both phases, two sizes, and a number of tokens that
+    is of neither phase."""
+    times = {"fastgemm-sm80": 1.0, "grouped": 1.5, "asymmetric": 1.25, "unfused": 3.0, "fastgemm": 0.5}
+    return gemm_result(
+        [
+            (n, 4096, m, kernel, base * time, True)
+            for n in (4096, 8192)
+            for m, base in (*PHASES.values(), (16, 7.0))
+            for kernel, time in times.items()
+        ]
+    )
+
+
+def test_figure7_has_both_phases(both_phases):
+    rows = rows_of(figure7_table([both_phases]))
+    assert len(rows) == 2 * 2 * 5
+    assert list(dict.fromkeys(row["stage"] for row in rows)) == list(PHASES)
+    for phase, (_, base) in PHASES.items():
+        found = {row["kernel"]: row for row in rows if (row["stage"], row["size"]) == (phase, "8192 x 4096")}
+        assert {kernel: row["measured_us"] for kernel, row in found.items()} == {
+            "unpack + GEMM": 3 * base, "fine-grained g128": 1.5 * base, "asymmetric": 1.25 * base,
+            "FastGEMM W4A8 (mma.sync)": base, "FastGEMM W4A8": base / 2,
+        }  # fmt: skip
+        assert found["fine-grained g128"]["measured_ratio"] == 1.5
+        # The paper's figure is of self-decoding alone.
+        papers = {kernel: row["paper_us"] for kernel, row in found.items() if row["paper_us"] is not None}
+        expected = {"fine-grained g128": 264.0, "asymmetric": 87.0, "FastGEMM W4A8": 87.0}
+        assert papers == (expected if phase.startswith("self") else {})
+    assert "| context decoding (M = 1024) | 8192 x 4096 | fine-grained g128 | 150.00 |" in figure7_table(
+        [both_phases]
+    ).render("md")
+
+
+def test_figure7_draws_a_panel_for_each_phase(tmp_path, both_phases):
+    png, svg = draw_figure7(tmp_path / "seven", [both_phases])
+    assert png.stat().st_size < 200_000
+    text = svg.read_text()
+    for phase in PHASES:
+        assert f">{phase}, GPU 1<" in text
+    assert text.count(">8192 x 4096<") == 2
+    assert text.count(">A100-80G<") == 1
+    # Twice in each panel, and once the paper's ratio.
+    assert (text.count(">3.00<"), text.count(">0.50<"), text.count(">3.03<")) == (4, 4, 1)
 
 
 def test_figure7_without_measured_kinds_has_the_papers():
-    table = figure7_table([RESULT])
-    assert [row[2] for row in table.rows] == [None] * 3
-    assert [row[4] for row in table.rows] == [264.0, 87.0, 87.0]
-    assert "not run" in table.render("md")
+    rows = rows_of(figure7_table([RESULT]))
+    assert [row["measured_us"] for row in rows] == [None] * 3
+    assert [row["paper_us"] for row in rows] == [264.0, 87.0, 87.0]
+    assert {row["stage"] for row in rows} == {"self-decoding (M = 1)"}
+    assert "not run" in figure7_table([RESULT]).render("md")
 
 
 def measurement(model, method, value):

@@ -54,7 +54,7 @@ def test_the_sweeps_ask_for_what_their_tables_show():
     assert set(cell.latency.against) >= {"fp16", "w8a8", "w4a16-g128"}
     assert (cell.latency.input_len, cell.latency.output_len) == (1024, 128)
     (gemm,) = _cells("experiment=figure7_gemm_kinds")
-    assert (gemm.gemm.m, gemm.gemm.bench) == ([1], "fastgemm")
+    assert (gemm.gemm.m, gemm.gemm.bench) == ([1, 1024], "fastgemm")
 
 
 def test_a_gemm_cell_is_its_settings_and_no_model(tmp_path):
@@ -76,7 +76,8 @@ def _gemm_cell(monkeypatch, tmp_path, code):
     def bench(arguments):
         asked.extend(arguments)
         path = next(each.partition("=")[2] for each in arguments if each.startswith("--json="))
-        rows = [(64, 64, 1, kernel, time, True) for kernel, time in (("fastgemm-sm80", 2.0), ("grouped", 6.0))]
+        kinds = (("fastgemm-sm80", 2.0), ("grouped", 6.0))
+        rows = [(64, 64, m, kernel, m * time, True) for m in (1, 1024) for kernel, time in kinds]
         if code == 0:
             write_json(tmp_path / path, gemm_result(rows))
         return code
@@ -93,11 +94,13 @@ def _gemm_cell(monkeypatch, tmp_path, code):
 def test_a_gemm_cells_result_is_drawn(monkeypatch, tmp_path, capsys):
     record, asked = _gemm_cell(monkeypatch, tmp_path, 0)
     assert record["outcome"] == "ok", record["reason"]
-    assert "--m=1" in asked
+    assert "--m=1,1024" in asked
     assert "--against=fastgemm-sm80,grouped,asymmetric,unfused,cublas-fp16" in asked
     assert len(load_sources([tmp_path]).gemm) == 1
     assert main(["figure7_gemm_kinds", str(tmp_path), "--format", "md"]) == 0
-    assert "| 64 x 64 | fine-grained g128 | 6.00 | 3.00 |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| self-decoding (M = 1) | 64 x 64 | fine-grained g128 | 6.00 | 3.00 |" in printed
+    assert "| context decoding (M = 1024) | 64 x 64 | fine-grained g128 | 6144.00 | 3.00 |" in printed
     assert main(["status", str(tmp_path), "--format", "csv"]) == 0
     assert "gemm,GEMM (fastgemm),ok" in capsys.readouterr().out
 
