@@ -2,15 +2,11 @@
 
 import json
 import re
-import signal
-import subprocess
-import sys
-import time
 
-import psutil
 import pytest
 import torch
 from helpers.checkpoints import write_checkpoint
+from helpers.sweeps import run
 from safetensors.torch import load_file, save_file
 
 from odyssey.cell import Cell
@@ -83,31 +79,22 @@ def test_too_long_a_latency_run_is_unsupported(tmp_path):
     assert record["size"]["bits_per_weight"] > 4
 
 
-def test_a_killed_cell_is_recorded_and_resumes(project_root, tmp_path):
+def test_a_killed_cell_is_recorded_and_resumes(tmp_path):
     model = write_checkpoint(tmp_path / "model", layers=3)
     (tmp_path / "text.txt").write_text(TEXT)
-    command = [
-        sys.executable, str(project_root / "run.py"), f"model.path={model}", f"output_dir={tmp_path / 'out'}",
-        f"calibration.path={tmp_path / 'text.txt'}", "calibration.num_samples=4", "calibration.seqlen=64",
-        "method.lwc.epochs=15", "device=cpu", f"accuracy.perplexity.path={tmp_path / 'text.txt'}",
-        "accuracy.perplexity.window=64",
+    arguments = [
+        f"model.path={model}", f"output_dir={tmp_path / 'out'}", f"calibration.path={tmp_path / 'text.txt'}",
+        "calibration.num_samples=4", "calibration.seqlen=64", "method.lwc.epochs=3", "device=cpu",
+        f"accuracy.perplexity.path={tmp_path / 'text.txt'}", "accuracy.perplexity.window=64",
     ]  # fmt: skip
-    parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("out/model/checkpoints/*/block-00000.safetensors")):
-        assert time.monotonic() < deadline, "no block was finished in time"
-        assert parent.poll() is None, parent.communicate()
-        time.sleep(0.02)
-    (child,) = psutil.Process(parent.pid).children()
-    child.send_signal(signal.SIGKILL)
-    _, errors = parent.communicate()
-    assert parent.returncode == 1
-    assert "crash" in errors
+    killed = run(arguments, faults="odyssey=kill")
+    assert killed.returncode == 1
+    assert "crash" in killed.stderr
     (path,) = tmp_path.glob("out/model/odyssey-*/record.json")
     record = json.loads(path.read_text())
     assert record["outcome"] == "crash"
     assert "SIGKILL" in record["reason"]
-    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    again = run(arguments)
     assert again.returncode == 0, again.stderr
     record = json.loads(path.read_text())
     assert record["outcome"] == "ok"

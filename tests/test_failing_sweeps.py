@@ -13,7 +13,7 @@ from helpers.sweeps import assert_same_results, outcomes, records, run, start
 # Each of these starts several processes that import torch.
 pytestmark = pytest.mark.timeout(900)
 
-TEXT = "Sphinx of black quartz, judge my vow. " * 120
+TEXT = "Sphinx of black quartz, judge my vow. " * 20
 FIRST_BLOCK = "out/model/checkpoints/{method}-*/block-00000.safetensors"
 
 
@@ -28,7 +28,7 @@ def _arguments(workspace, *more: str, output: str = "out") -> list[str]:
     text = workspace / "text.txt"
     return [
         "-m", f"model.path={workspace / 'model'}", f"output_dir={workspace / output}", "device=cpu",
-        f"calibration.path={text}", "calibration.num_samples=4", "calibration.seqlen=64",
+        f"calibration.path={text}", "calibration.num_samples=1", "calibration.seqlen=64",
         f"accuracy.perplexity.path={text}", "accuracy.perplexity.window=64", *more,
     ]  # fmt: skip
 

@@ -142,61 +142,83 @@ def test_another_job_is_not_taken_for_finished(finished, source, tmp_path):
     assert read_manifest(tmp_path)["job"] != read_manifest(output)["job"]
 
 
-_KILLED_RUN = """
-import os, signal, sys
+# A run for every argument of `run`, each in a process of its own. They are forked from one that has imported the
+# libraries, which takes seconds, and has computed nothing yet.
+_RUNS = """
+import multiprocessing, os, signal, sys
 from pathlib import Path
 sys.path[:0] = {paths!r}
 import test_pipeline as t
 from odyssey.models.source import resolve_model
 from odyssey.quantization.recipe import OdysseyMethod
 
+source, output = resolve_model("random", path={source!r}), Path({output!r})
+
+{run}
+
+processes = [multiprocessing.get_context("fork").Process(target=run, args=(each,)) for each in {arguments}]
+for process in processes:
+    process.start()
+for process in processes:
+    process.join()
+print("exit codes", *(process.exitcode for process in processes))
+"""
+_KILLED_RUN = """
 class Killed(OdysseyMethod):
     blocks = 0
     def quantize_block(self, block, calibration):
-        if self.blocks == {survive}:
+        if self.blocks == self.survive:
             os.kill(os.getpid(), signal.SIGKILL)
         self.blocks += 1
         return super().quantize_block(block, calibration)
 
-t._quantize(resolve_model("random", path={source!r}), Path({output!r}), method=Killed(t._settings()))
+def run(survive):
+    method = Killed(t._settings())
+    method.survive = survive
+    t._quantize(source, output / str(survive), method=method)
+"""
+_WHOLE_RUN = """
+def run(number):
+    print("resumed", t._quantize(source, output).resumed_blocks, flush=True)
 """
 
 
-@pytest.mark.parametrize("survive", [0, 1, 2])
-def test_a_killed_run_resumes_with_identical_integers(finished, source, tmp_path, survive):
-    script = _KILLED_RUN.format(paths=sys.path, survive=survive, source=str(source.path), output=str(tmp_path))
-    killed = subprocess.run(
-        [sys.executable, "-c", script], cwd=os.path.dirname(__file__), capture_output=True, text=True, check=False
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert not (tmp_path / MANIFEST_NAME).exists()
-    report = _quantize(source, tmp_path)
+def _run_in_processes(run: str, arguments: list[int], source, output) -> tuple[list[str], list[int]]:
+    """What the runs printed, by line, and their exit codes."""
+    script = _RUNS.format(run=run, arguments=arguments, paths=sys.path, source=str(source.path), output=str(output))
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=os.path.dirname(__file__), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    *printed, codes = done.stdout.splitlines()
+    return printed, [int(code) for code in codes.removeprefix("exit codes").split()]
+
+
+@pytest.fixture(scope="module")
+def killed(source, tmp_path_factory):
+    """What runs that were killed in their first, second and third block have left, and their exit codes."""
+    output = tmp_path_factory.mktemp("killed")
+    _, codes = _run_in_processes(_KILLED_RUN, list(range(LAYERS)), source, output)
+    return output, codes
+
+
+@pytest.mark.parametrize("survive", range(LAYERS))
+def test_a_killed_run_resumes_with_identical_integers(finished, source, killed, survive):
+    directory, codes = killed[0] / str(survive), killed[1]
+    assert codes[survive] == -signal.SIGKILL
+    assert not (directory / MANIFEST_NAME).exists()
+    report = _quantize(source, directory)
     assert report.resumed_blocks == survive
-    expected, resumed = _tensors(finished[0]), _tensors(tmp_path)
+    expected, resumed = _tensors(finished[0]), _tensors(directory)
     assert expected.keys() == resumed.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, resumed[name]), name
 
 
 def test_two_processes_make_one_checkpoint(finished, source, tmp_path):
-    script = f"""
-import sys
-from pathlib import Path
-sys.path[:0] = {sys.path!r}
-import test_pipeline as t
-from odyssey.models.source import resolve_model
-source = resolve_model("random", path={str(source.path)!r})
-print("resumed", t._quantize(source, Path({str(tmp_path)!r})).resumed_blocks)
-"""
-    pair = [
-        subprocess.Popen(
-            [sys.executable, "-c", script], cwd=os.path.dirname(__file__), stdout=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
-    ]
-    outputs = [process.communicate()[0] for process in pair]
-    assert [process.returncode for process in pair] == [0, 0]
-    assert sorted(output.split()[-1] for output in outputs) == ["0", str(LAYERS)]
+    printed, codes = _run_in_processes(_WHOLE_RUN, [0, 1], source, tmp_path)
+    assert codes == [0, 0]
+    resumed = [line.split()[-1] for line in printed if line.startswith("resumed")]
+    assert sorted(resumed) == ["0", str(LAYERS)]
     expected, made = _tensors(finished[0]), _tensors(tmp_path)
     assert all(torch.equal(tensor, made[name]) for name, tensor in expected.items())
 

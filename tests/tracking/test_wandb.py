@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.checkpoints import write_checkpoint
 from helpers.records import cell_record, gemm_result
 from helpers.sweeps import ROOT, sweep_environment
 
@@ -162,13 +163,16 @@ def test_tracking_none_imports_no_wandb(tmp_path):
     (tmp_path / "wandb.py").write_text("raise ImportError('this machine has no wandb')")
     environment = sweep_environment()
     environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), environment["PYTHONPATH"]])
+    write_checkpoint(tmp_path / "model", layers=1)
+    (tmp_path / "text.txt").write_text("Waltz, bad nymph, for quick jigs vex. " * 4)
     command = [
-        sys.executable, str(ROOT / "run.py"), "method=fp16", "model=tiny", "device=cpu",
-        f"output_dir={tmp_path / 'out'}", "accuracy.perplexity.max_windows=1",
+        sys.executable, str(ROOT / "run.py"), "method=fp16", f"model.path={tmp_path / 'model'}", "device=cpu",
+        f"output_dir={tmp_path / 'out'}",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    measured = [f"accuracy.perplexity.path={tmp_path / 'text.txt'}", "accuracy.perplexity.window=64"]
+    done = subprocess.run([*command, *measured], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
-    tracked = subprocess.run([*command, "tracking=wandb", "force=true"], capture_output=True, text=True, check=False,
-                             env=environment)  # fmt: skip
+    tracked = subprocess.run([*command, "accuracy=none", "tracking=wandb"], capture_output=True, text=True,
+                             check=False, env=environment)  # fmt: skip
     assert tracked.returncode == 0
     assert "this machine has no wandb" in tracked.stderr
