@@ -68,6 +68,15 @@ def _nvcc_version(nvcc: str) -> str:
     return result.stdout
 
 
+def compiler_id(nvcc: str) -> str:
+    """Short hash of what this nvcc says its version is.
+
+    Raises:
+        BuildError: it does not run.
+    """
+    return hashlib.sha256(_nvcc_version(nvcc).encode()).hexdigest()[:8]
+
+
 def native_architectures() -> tuple[str, ...]:
     """Architectures of the GPUs torch sees on this machine.
 
@@ -132,14 +141,20 @@ def _library_dir_name(architectures: Sequence[str], compiler: str) -> str:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`, created if missing, against other processes and other threads."""
     # The lock belongs to the open file, so it goes away with the process however that ends.
     with open(path, "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
 
-def _run(command: list[str]) -> str:
+def run_compiler(command: list[str]) -> str:
+    """Run a command; returns what it printed.
+
+    Raises:
+        BuildError: it failed; the message ends with what it printed.
+    """
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         raise BuildError(f"compilation failed: {' '.join(command)}\n{result.stdout}{result.stderr}".rstrip())
@@ -154,12 +169,20 @@ def _compile_all(
     def compile_one(source: Path) -> tuple[Path, Path, str]:
         target = folder / f"{source.parent.name}-{source.stem}.o"
         command = [nvcc, *FLAGS, *extra, *_targets(source, architectures), f"-I{SOURCE_DIR}"]
-        return source, target, _run([*command, "-c", str(source), "-o", str(target)])
+        return source, target, run_compiler([*command, "-c", str(source), "-o", str(target)])
 
     # Largest sources first: the last one to finish sets the time.
     files = sorted(sources(architectures), key=lambda p: p.stat().st_size, reverse=True)
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
         return list(pool.map(compile_one, files))
+
+
+def copy_to(library: Path, output: Path) -> Path:
+    """Copy a library; `output`, which is returned, appears complete or not at all."""
+    partial = output.with_name(f".{output.name}.{os.getpid()}")
+    shutil.copy2(library, partial)
+    os.replace(partial, output)
+    return output
 
 
 def build(architectures: Sequence[str] = ARCHITECTURES, output: Path | None = None) -> Path:
@@ -177,24 +200,20 @@ def build(architectures: Sequence[str] = ARCHITECTURES, output: Path | None = No
     if unknown or not architectures:
         raise BuildError(f"unknown architecture {sorted(unknown)}: choose from {[*ARCHITECTURES, PORTABLE]}")
     nvcc = find_nvcc()
-    compiler = hashlib.sha256(_nvcc_version(nvcc).encode()).hexdigest()[:8]
-    folder = cache_dir() / _library_dir_name(architectures, compiler)
+    folder = cache_dir() / _library_dir_name(architectures, compiler_id(nvcc))
     library = folder / LIBRARY_NAME
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not library.exists():
-            with _locked(folder / "lock"):
+            with locked(folder / "lock"):
                 if not library.exists():
                     with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
                         objects = [str(o) for _, o, _ in _compile_all(nvcc, architectures, Path(scratch))]
                         linked = Path(scratch) / LIBRARY_NAME
-                        _run([nvcc, "-shared", "-Wno-deprecated-gpu-targets", *objects, "-o", str(linked)])
+                        run_compiler([nvcc, "-shared", "-Wno-deprecated-gpu-targets", *objects, "-o", str(linked)])
                         os.replace(linked, library)
         if output is not None:
-            partial = output.with_name(f".{output.name}.{os.getpid()}")
-            shutil.copy2(library, partial)
-            os.replace(partial, output)
-            return output
+            return copy_to(library, output)
     except OSError as error:
         raise BuildError(
             f"cannot write the FastGEMM library: {error} (set FASTGEMM_CACHE to a writable folder)"

@@ -63,22 +63,23 @@ def _bench_size(
     rows, timed = [], []
     for kernel, copies in prepared:
         try:
-            y = as_output(kernel, kernel.multiply(copies[0], x), weights, x)
+            multiply, found = kernel.tune(copies, x) if kernel.tune else (kernel.multiply, {})
+            y = as_output(kernel, multiply(copies[0], x), weights, x)
             error = relative_error(y, weights, kernel.weight_bits, x, kernel.math == "int8")
             del y
-            timer = GraphTimer(lambda i, kernel=kernel, copies=copies: kernel.multiply(copies[i], x), len(copies))
+            timer = GraphTimer(lambda i, multiply=multiply, copies=copies: multiply(copies[i], x), len(copies))
         except (RuntimeError, ValueError, TypeError, AssertionError) as failure:
             if isinstance(failure, FastGemmError):
                 raise
             reason = f"failed: {_first_line(failure)}"
             rows.append({"n": n, "k": k, "m": m, "kernel": kernel.name, "unavailable": reason})
             continue
-        timed.append((kernel, timer, error))
+        timed.append((kernel, timer, error, found))
     monitor.take()
-    run_interleaved([timer for _, timer, _ in timed], rounds, monitor.sample)
+    run_interleaved([timer for _, timer, *_ in timed], rounds, monitor.sample)
     clocks = monitor.take()
-    for kernel, timer, error in timed:
-        row = make_row(kernel, n, k, m, timer.timing, error, bandwidth, gpu)
+    for kernel, timer, error, found in timed:
+        row = {**make_row(kernel, n, k, m, timer.timing, error, bandwidth, gpu), **found}
         if m >= energy_from:
             row.update(_sustained(timer, monitor))
         rows.append({**row, "clocks": clocks})
@@ -117,6 +118,9 @@ def run(options: argparse.Namespace) -> int:
     if options.rounds < 1:
         raise ValueError(f"--rounds must be at least 1, got {options.rounds}")
     kernels = select(["fastgemm", *filter(None, options.against.split(","))])
+    for kernel in kernels:
+        if kernel.check is not None:
+            kernel.check()
     monitor = Monitor()
     facts = environment(monitor)
     bandwidth = read_bandwidth()

@@ -11,6 +11,7 @@ import torch
 
 from .. import ablation, ops, w4a16
 from ..packing import pack
+from .cutlass import peer as cutlass
 from .problem import Activations, Weights
 
 W4A16_GROUP_SIZE = 128
@@ -31,6 +32,9 @@ class Kernel:
         math: "int8" or "fp16", the tensor-core rate that limits it.
         prepare: makes its form of the weight; raises UnavailableError.
         multiply: the timed call, (prepared weight, activations) -> [m, n].
+        check: refuses, before anything is measured, where the kernel was asked for and cannot be had.
+        tune: chooses among the kernel's variants for some activations before they are timed: (prepared weights used
+            in turn, activations) -> the call to time instead of `multiply`, and what was found, for the record.
         tolerance: largest relative error that counts as correct.
         note: what the figure means, or what differs from our product; for the report.
     """
@@ -41,6 +45,8 @@ class Kernel:
     math: str
     prepare: Callable[[Weights], object]
     multiply: Callable[[object, Activations], torch.Tensor]
+    check: Callable[[], None] | None = None
+    tune: Callable[[list, Activations], tuple[Callable, dict[str, object]]] | None = None
     tolerance: float = 1e-3
     note: str = ""
 
@@ -199,6 +205,17 @@ _KERNELS = [
         prepare=_prepare_humming,
         multiply=_multiply_humming,
         note="humming-kernels W4A8, its default tuning",
+    ),
+    Kernel(
+        "cutlass-w8a8",
+        weight_bits=8,
+        stored_bits=8,
+        math="int8",
+        prepare=lambda w: (w.int8.clone(), w.scale.clone()),
+        multiply=cutlass.multiply,
+        check=cutlass.check,
+        tune=cutlass.tune,
+        note="CUTLASS, the fastest plan of a tuning pass before timing; vLLM's configurations are among them",
     ),
 ]
 KERNELS = {kernel.name: kernel for kernel in _KERNELS}

@@ -83,6 +83,8 @@ def format_row(row: dict) -> str:
         f"{row['share_of_limit']:>8.1%} {'' if speedup is None else format(speedup, '.2f') + 'x':>8} "
         f"{row['relative_error']:>8.1e}"
     )
+    if row.get("plan"):
+        line += f"  {row['plan']}"
     return line if row["correct"] else line + "  WRONG"
 
 
