@@ -327,7 +327,7 @@ def test_library_refuses_what_cutlass_cannot_do(library):
     for c in CONFIGURATIONS:
         with pytest.raises(peer.CutlassError, match="cannot multiply m=0, n=16, k=32"):
             library.workspace_bytes(peer.Plan(c), 0, 16, 32, 132)
-        for sizes in ((16, 16, 24), (16, 12, 32)):  # rows of 24 bytes, neither of the inputs nor of the output
+        for sizes in ((16, 16, 24), (16, 12, 32)):  # rows of 24 bytes in, then out
             with pytest.raises(peer.CutlassError, match=r"problem not supported by this kernel \(11\)"):
                 library.gemm(peer.Plan(c), (0,) * 5, sizes, 132, 0, 0, 0)
     streamk = next(c for c in CONFIGURATIONS if c.stream_k)
