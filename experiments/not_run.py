@@ -86,16 +86,18 @@ class NotRun:
             return (Reason(self._failed_product, self._failed_product.partition(":")[0]),)
         if not has_size:
             return (Reason("the size of the paper's product is not known, so that no record can be of it"),)
-        return (Reason(f"no result of fastgemm.bench with this kernel; experiment={experiment} on an NVIDIA GPU"),)
+        text = f"no result of fastgemm.bench with this kernel; experiment={experiment} on an NVIDIA GPU"
+        return (Reason(text, "no GPU record"),)
 
     def _size(self, cell) -> Reason:
         needed, weights = _gpu_bytes(cell)
         if self._gpu is None:
-            return Reason("no record of any GPU yet")
+            return Reason("no record of any GPU yet", "no GPU record")
         name, available = self._gpu
         gpu = f"{name}, {available / _GIB:.0f} GiB"
         if needed <= available:
-            return Reason(f"no GPU record of this cell yet; predicted to fit the largest GPU with a record ({gpu})")
+            text = f"no GPU record of this cell yet; predicted to fit the largest GPU with a record ({gpu})"
+            return Reason(text, "no GPU record")
         need = f"{needed / _GIB:.0f} GiB"
         return Reason(
             f"predicted to need {need} on one GPU (FP16 weights: {weights / _GIB:.0f} GiB), more than the largest GPU "
@@ -150,8 +152,9 @@ def _gpu_bytes(cell) -> tuple[int, int]:
     """What the cell is predicted to need of a GPU, and the bytes of the model's weights in FP16."""
     # Imported here: tables in which nothing is missing are drawn without loading torch.
     from odyssey.engine.shapes import known_config
-    from odyssey.footprint import ModelSizes, Texts, footprint
+    from odyssey.footprint import footprint
     from odyssey.methods import build_method
+    from odyssey.sizes import ModelSizes, Texts
 
     sizes = ModelSizes.from_config(known_config(cell.model.name))
     scheme = build_method(cell.method.name, cell.method).scheme

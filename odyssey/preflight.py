@@ -15,10 +15,11 @@ from pathlib import Path
 import psutil
 
 from odyssey.config import RootConfig
-from odyssey.footprint import ModelSizes, footprint
+from odyssey.footprint import footprint
 from odyssey.methods import build_method
 from odyssey.preflight_inputs import Check, cached_snapshot, data_checks, model_check, model_config, texts
 from odyssey.record import model_directory_name
+from odyssey.sizes import ModelSizes
 
 _GEMM_SECONDS, _GEMM_HOST_BYTES, _GEMM_GPU_BYTES = 1800.0, 4 * 2**30, 8 * 2**30
 _UNKNOWN_HOST_BYTES, _UNKNOWN_SECONDS = 16 * 2**30, 4 * 3600.0

@@ -11,10 +11,10 @@ from transformers import AutoConfig, PreTrainedConfig
 from odyssey.config import CalibrationConfig, ModelConfig, PerplexityConfig, RootConfig, dataset_of
 from odyssey.data.hub import find_snapshot
 from odyssey.errors import OdysseyError
-from odyssey.footprint import Texts
 from odyssey.methods import build_method, existing_checkpoint
 from odyssey.models.embedded import TINY_PATH
 from odyssey.models.reader import CheckpointReader
+from odyssey.sizes import Texts
 
 _HUB_TIMEOUT_S = 10
 # Where a data set is under data.root, and the bytes of its text on the hub, by split.

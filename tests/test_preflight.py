@@ -12,8 +12,8 @@ import odyssey.preflight as preflight_module
 import odyssey.preflight_inputs as inputs
 from experiments.preflight_table import preflight_table, print_preflight
 from odyssey.config import register_schemas, validate
-from odyssey.footprint import Texts
 from odyssey.preflight import preflight
+from odyssey.sizes import Texts
 
 H100 = {"name": "H100", "bytes": 80 * 2**30, "capability": 9.0}
 

@@ -164,7 +164,8 @@ def test_a_latency_cell_that_failed_shows_how(tmp_path):
     assert "oom" in {row["measured"] for row in rows_of(figure1_table(rows))}
     _, svg = draw_figure6(tmp_path / "six", speedups(rows), NotRun(sources()))
     assert ">oom<" in svg.read_text()
-    assert "not run: needs 130 GiB" in svg.read_text()
+    assert ">not run: needs 130 GiB<" in svg.read_text()
+    assert ">not run: no GPU record<" in svg.read_text()
 
 
 def test_a_failed_attempt_gives_way_to_figures():
