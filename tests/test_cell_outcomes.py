@@ -5,14 +5,14 @@ import re
 
 import pytest
 import torch
+from helpers.cells import cell_config
 from helpers.checkpoints import write_checkpoint
 from helpers.sweeps import run
 from safetensors.torch import load_file, save_file
 
 from odyssey.cell import Cell
-from odyssey.config import AccuracyConfig, CalibrationConfig, LatencyConfig, ModelConfig, RootConfig, TrackingConfig
+from odyssey.config import CalibrationConfig, LatencyConfig, RootConfig
 from odyssey.errors import GatedModelError, MissingDataError
-from odyssey.methods import settings_class
 from odyssey.outcomes import of_exception, of_exit
 
 TEXT = "Pack my box with five dozen liquor jugs. " * 40
@@ -20,17 +20,8 @@ TEXT = "Pack my box with five dozen liquor jugs. " * 40
 
 def _config(tmp_path, model, method="rtn", **changes) -> RootConfig:
     (tmp_path / "text.txt").write_text(TEXT)
-    values = {
-        "method": settings_class(method)(),
-        "model": ModelConfig(name="local", path=str(model)),
-        "calibration": CalibrationConfig(path=str(tmp_path / "text.txt"), num_samples=2, seqlen=32),
-        "accuracy": AccuracyConfig(),
-        "latency": LatencyConfig(),
-        "tracking": TrackingConfig(),
-        "output_dir": str(tmp_path / "out"),
-        "device": "cpu",
-    }
-    return RootConfig(**(values | changes))
+    calibration = CalibrationConfig(path=str(tmp_path / "text.txt"), num_samples=2, seqlen=32)
+    return cell_config(tmp_path, model, method, **({"calibration": calibration} | changes))
 
 
 def _run(config):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from helpers.cells import cell_config
 from helpers.checkpoints import write_checkpoint
 
 from odyssey.accuracy import tasks
@@ -13,17 +14,12 @@ from odyssey.accuracy.tasks import evaluate_tasks, remove_saved
 from odyssey.cell import Cell
 from odyssey.config import (
     AccuracyConfig,
-    CalibrationConfig,
     DataConfig,
     LatencyConfig,
-    ModelConfig,
-    RootConfig,
-    TrackingConfig,
     register_schemas,
 )
 from odyssey.data.task_files import task_source
 from odyssey.errors import ConfigError, MissingDataError
-from odyssey.methods import settings_class
 from odyssey.models.load import load_model, load_tokenizer
 from odyssey.models.source import resolve_model
 from odyssey.overrides import check_command_line
@@ -201,16 +197,12 @@ def test_a_saved_result_is_taken_only_for_the_same_measurement(evaluate, tmp_pat
 
 
 def test_a_cell_with_missing_data_keeps_everything_else(no_hub, small_root, tmp_path):
-    config = RootConfig(
-        method=settings_class("rtn")(),
-        model=ModelConfig(name="local", path=str(write_checkpoint(tmp_path / "model"))),
-        calibration=CalibrationConfig(),
+    config = cell_config(
+        tmp_path,
+        write_checkpoint(tmp_path / "model"),
         accuracy=AccuracyConfig(tasks=["hellaswag", "piqa"], limit=3, batch_size=2),
         latency=LatencyConfig(engine="transformers", input_len=8, output_len=2, repeats=1),
-        tracking=TrackingConfig(),
         data=DataConfig(root=str(small_root)),
-        output_dir=str(tmp_path / "out"),
-        device="cpu",
     )
     record = Cell(config, {}, "digest", tmp_path / "cell").run()
     assert record["outcome"] == "missing-data"

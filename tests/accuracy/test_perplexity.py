@@ -5,24 +5,15 @@ import random
 import numpy as np
 import pytest
 import torch
+from helpers.cells import cell_config
 from helpers.checkpoints import byte_tokenizer, write_checkpoint
 from transformers import AutoModelForCausalLM
 
 from odyssey.accuracy.perplexity import document_windows, perplexity
 from odyssey.cell import Cell
-from odyssey.config import (
-    AccuracyConfig,
-    CalibrationConfig,
-    DataConfig,
-    LatencyConfig,
-    ModelConfig,
-    PerplexityConfig,
-    RootConfig,
-    TrackingConfig,
-)
+from odyssey.config import AccuracyConfig, DataConfig, PerplexityConfig
 from odyssey.data.texts import Corpus, load_corpus
 from odyssey.errors import MissingDataError
-from odyssey.methods import settings_class
 
 TEXT = "".join(chr(97 + (7 * i * i + i) % 26) for i in range(1000))
 
@@ -168,15 +159,9 @@ def test_a_cell_measures_several_data_sets(tmp_path, no_hub):
 
 
 def _cell(root, dataset="wikitext2", **settings):
-    config = RootConfig(
-        method=settings_class("fp16")(),
-        model=ModelConfig(name="local", path=str(write_checkpoint(root / "model"))),
-        calibration=CalibrationConfig(),
-        accuracy=AccuracyConfig(perplexity=PerplexityConfig(dataset=dataset, window=48, max_windows=6, **settings)),
-        latency=LatencyConfig(),
-        tracking=TrackingConfig(),
+    group = PerplexityConfig(dataset=dataset, window=48, max_windows=6, **settings)
+    config = cell_config(
+        root, write_checkpoint(root / "model"), "fp16", accuracy=AccuracyConfig(perplexity=group),
         data=DataConfig(root=str(root)),
-        output_dir=str(root / "out"),
-        device="cpu",
-    )
+    )  # fmt: skip
     return Cell(config, {}, "digest", root / "cell").run()

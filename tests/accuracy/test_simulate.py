@@ -5,22 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from helpers.cells import cell_config
 from helpers.checkpoints import write_checkpoint
 from helpers.tasks import requests_of
 
 from experiments.accuracy_tables import accuracy_tasks, table2_perplexity
 from experiments.measured import perplexities
 from odyssey.cell import Cell
-from odyssey.config import (
-    AccuracyConfig,
-    CalibrationConfig,
-    DataConfig,
-    LatencyConfig,
-    ModelConfig,
-    PerplexityConfig,
-    RootConfig,
-    TrackingConfig,
-)
+from odyssey.config import AccuracyConfig, DataConfig, PerplexityConfig
 from odyssey.methods import build_method, settings_class
 from odyssey.models.load import load_tokenizer
 from odyssey.models.source import resolve_model
@@ -36,20 +28,11 @@ def cell(small_root, tmp_path):
     text.write_text("".join(chr(97 + (7 * i * i + i) % 26) for i in range(1500)))
 
     def run(simulate):
-        config = RootConfig(
-            method=settings_class("rtn")(),
-            model=ModelConfig(name="local", path=str(model)),
-            calibration=CalibrationConfig(),
-            accuracy=AccuracyConfig(
-                perplexity=PerplexityConfig(path=str(text), window=128), tasks=["piqa", "lambada_openai"], limit=12,
-                simulate=simulate,
-            ),
-            latency=LatencyConfig(),
-            tracking=TrackingConfig(),
-            data=DataConfig(root=str(small_root)),
-            output_dir=str(tmp_path / "out"),
-            device="cpu",
+        accuracy = AccuracyConfig(
+            perplexity=PerplexityConfig(path=str(text), window=128), tasks=["piqa", "lambada_openai"], limit=12,
+            simulate=simulate,
         )  # fmt: skip
+        config = cell_config(tmp_path, model, accuracy=accuracy, data=DataConfig(root=str(small_root)))
         directory = tmp_path / f"simulate-{simulate}"
         plain = {"method": {"name": "rtn", "symmetric": True}, "model": {"name": "local", "path": str(model)},
                  "accuracy": {"perplexity": {"max_windows": None}, "simulate": simulate}}  # fmt: skip

@@ -9,6 +9,7 @@ import importlib.util
 
 import pytest
 import torch
+from helpers.cells import cell_config
 from helpers.checkpoints import write_checkpoint
 from helpers.packed_checkpoints import PackedLayout, quantize_checkpoint_randomly
 
@@ -18,12 +19,9 @@ from odyssey.accuracy.perplexity import perplexity
 from odyssey.cell import Cell
 from odyssey.config import (
     AccuracyConfig,
-    CalibrationConfig,
     LatencyConfig,
-    ModelConfig,
     PerplexityConfig,
     RootConfig,
-    TrackingConfig,
 )
 from odyssey.data.texts import load_corpus
 from odyssey.methods import existing_checkpoint, settings_class
@@ -71,17 +69,9 @@ def test_what_autoawq_cannot_pack_is_refused(changes, monkeypatch):
 
 def config_of(tmp_path, method: str, checkpoint, **changes) -> RootConfig:
     (tmp_path / "text.txt").write_text(TEXT)
-    values = {
-        "method": settings_class(method)(checkpoint=str(checkpoint)),
-        "model": ModelConfig(name="local"),
-        "calibration": CalibrationConfig(),
-        "accuracy": AccuracyConfig(perplexity=PerplexityConfig(path=str(tmp_path / "text.txt"), window=64)),
-        "latency": LatencyConfig(),
-        "tracking": TrackingConfig(),
-        "output_dir": str(tmp_path / "out"),
-        "device": "cpu",
-    }
-    return RootConfig(**(values | changes))
+    accuracy = AccuracyConfig(perplexity=PerplexityConfig(path=str(tmp_path / "text.txt"), window=64))
+    settings = settings_class(method)(checkpoint=str(checkpoint))
+    return cell_config(tmp_path, **({"method": settings, "accuracy": accuracy} | changes))
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])

@@ -3,37 +3,25 @@
 from __future__ import annotations
 
 import pytest
+from helpers.cells import cell_config
 from helpers.checkpoints import write_checkpoint
 
 from odyssey.cell import Cell
 from odyssey.config import (
     AccuracyConfig,
-    CalibrationConfig,
     LatencyConfig,
     ModelConfig,
     RootConfig,
-    TrackingConfig,
     register_schemas,
     validate,
 )
 from odyssey.errors import ConfigError
-from odyssey.methods import settings_class
 
 SHORT = {"engine": "odyssey", "input_len": 8, "output_len": 4, "warmup": 0, "repeats": 2}
 
 
 def _config(tmp_path, model, method="rtn", latency=None, **changes) -> RootConfig:
-    values = {
-        "method": settings_class(method)(),
-        "model": ModelConfig(name="local", path=None if model is None else str(model)),
-        "calibration": CalibrationConfig(),
-        "accuracy": AccuracyConfig(),
-        "latency": LatencyConfig(**{**SHORT, **(latency or {})}),
-        "tracking": TrackingConfig(),
-        "output_dir": str(tmp_path / "out"),
-        "device": "cpu",
-    }
-    return RootConfig(**{**values, **changes})
+    return cell_config(tmp_path, model, method, latency=LatencyConfig(**{**SHORT, **(latency or {})}), **changes)
 
 
 def _run(config):
