@@ -71,10 +71,10 @@ def test_what_is_taken(project_root, arguments):
     _check(project_root, *arguments)
 
 
-def _run(project_root, *arguments):
+def _run(project_root, *arguments, **variables):
     return subprocess.run(
         [sys.executable, str(project_root / "run.py"), *arguments],
-        capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1", **variables},
     )  # fmt: skip
 
 
@@ -149,8 +149,10 @@ def test_a_sweep_goes_on_after_a_failure_and_says_so(project_root, workspace):
     assert plot.stat().st_size > 5000
 
 
-def test_a_config_error_is_one_line_and_exit_code_2(project_root):
-    result = _run(project_root, "method.bits=99")
+def test_a_config_error_is_one_line_and_exit_code_2(project_root, tmp_path):
+    """A Transformers that cannot be imported stands in the way: the seconds that it takes are not spent on an error."""
+    (tmp_path / "transformers.py").write_text("raise ImportError('needed before any work starts')")
+    result = _run(project_root, "method.bits=99", PYTHONPATH=str(tmp_path))
     assert result.returncode == 2
     assert result.stderr == "error: method.bits must be 2..8 or 16, not 99\n"
 

@@ -71,8 +71,9 @@ def _wait_for(condition, seconds: float = 400):
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_keeps_what_is_finished_and_leaves_no_process(workspace, ending):
-    arguments = _arguments(workspace, "method=rtn,odyssey")
+    arguments = _arguments(workspace, "method=rtn,odyssey", "hydra.launcher.jobs=2")
     sweep = start(arguments, faults="odyssey=hang")
+    _wait_for(lambda: list(workspace.glob("out/model/rtn-*/record.json")))
     _wait_for(lambda: list(workspace.glob(FIRST_BLOCK.format(method="odyssey"))))
     cells = [child for child in psutil.Process(sweep.pid).children(recursive=True) if child.is_running()]
     assert cells

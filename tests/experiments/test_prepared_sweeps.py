@@ -1,5 +1,6 @@
 """conf/experiment: a sweep for every table and figure, GEMM cells among them, and what is drawn of them."""
 
+import functools
 import json
 import os
 import socket
@@ -31,7 +32,9 @@ def _schemas():
     register_schemas()
 
 
+@functools.cache
 def _cells(*arguments):
+    """Read-only: every caller gets the same."""
     return check_command_line(["-m", *arguments], ROOT / "conf").cells
 
 

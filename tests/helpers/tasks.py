@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 from odyssey.data.task_files import task_source
 
 
+@functools.cache
 def requests_of(name: str, num_fewshot: int, limit: int | None, root: Path, cache: Path) -> list:
-    """lm-eval's requests for the first `limit` items; None takes them all."""
+    """lm-eval's requests for the first `limit` items; None takes them all. Read-only: every caller gets the same."""
     from lm_eval.tasks import TaskManager
 
     from odyssey.accuracy.harness import _compiled_once
