@@ -131,8 +131,9 @@ def draw_figure6(path: Path, measured: Sequence[Measurement] = (), not_run: NotR
             if values is measured:
                 for place, model in enumerate(models):
                     if model not in measured:
-                        why = not_run.latency("figure6_speedup", model, (FP16,)) if not_run else ()
-                        text = failed.get(model) or _not_run(why)
+                        text = failed.get(model)
+                        if text is None:
+                            text = _not_run(not_run.latency("figure6_speedup", model, (FP16,)) if not_run else ())
                         axis.text(place + shift, 0.03, text, rotation=90, ha="center", va="bottom", fontsize=7)
         axis.axhline(1, color=method_colour("fp16"), linewidth=0.8)
         axis.set_xticks(range(len(models)), [model_name(model) for model in models])

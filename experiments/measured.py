@@ -111,7 +111,8 @@ def task_accuracies(
 
 
 def task_averages(records: Iterable[dict], tasks: tuple[str, ...]) -> list[Measurement]:
-    """The mean over tasks of their primary metrics, of every cell that has them all in full."""
+    """The mean over tasks of their primary metrics, of every cell that has them all in full, and cells that failed
+    while they were asked for all."""
     found = []
     for record in records:
         results = record.get("accuracy", {}).get("tasks", {})
@@ -127,6 +128,8 @@ def task_averages(records: Iterable[dict], tasks: tuple[str, ...]) -> list[Measu
             simulated = any(results[task].get("simulated", False) for task in tasks)
             parts = {task: results[task] for task in tasks}
             found.append(_measurement(record, value, protocol, simulated=simulated, result=parts))
+        elif record["outcome"] != OK and set(tasks) <= set(record["config"].get("accuracy", {}).get("tasks") or ()):
+            found.append(_measurement(record))
     return found
 
 

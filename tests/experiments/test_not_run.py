@@ -6,6 +6,7 @@ import pytest
 from helpers.records import cell_record, gemm_result
 
 from experiments import paper
+from experiments.accuracy_tables import table3_commonsense
 from experiments.bitwidths import figure1_table
 from experiments.catalogue import CATALOGUE, Selection
 from experiments.end_to_end import end_to_end_table, latencies, speedups, timed_rows
@@ -127,6 +128,24 @@ def test_a_record_takes_the_place_of_the_reason():
     assert (rows["LLaMA-2-7B", "AWQ"]["measured"], rows["LLaMA-2-7B", "AWQ"]["why"]) == ("gated", ())
     assert rows["LLaMA-2-7B", "AWQ"]["note"] == "gated: the reason"
     assert len(rows["LLaMA-2-7B", "GPTQ"]["why"]) == 2
+
+
+def test_a_failed_cell_fails_its_average_too():
+    failed = cell_record("fp16", "llama2-70b", outcome="oom")
+    failed["config"]["accuracy"]["tasks"] = ["winogrande", "piqa", "hellaswag", "arc_easy"]
+    found = sources(failed)
+    rows = rows_of(table3_commonsense(found.records, NotRun(found)))
+    shown = {row["task"]: (row["measured"], row["note"], row["why"]) for row in rows
+             if (row["model"], row["method"]) == ("LLaMA-2-70B", "FP16")}  # fmt: skip
+    assert set(shown) == {"WinoGrande", "PIQA", "HellaSwag", "ARC-e", "average"}
+    assert set(shown.values()) == {("oom", "oom: the reason", ())}
+
+
+def test_a_model_of_ours_that_failed_needs_no_catalogue(tmp_path):
+    record = latency_record("oom")
+    record["model"]["name"] = "tiny"
+    _, svg = draw_figure6(tmp_path / "six", speedups(timed_rows([], [record])), NotRun(sources()))
+    assert ">oom<" in svg.read_text()
 
 
 def test_latency_counts_the_formats_that_a_cell_compares():
