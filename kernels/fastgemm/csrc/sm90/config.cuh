@@ -31,6 +31,10 @@ struct Config {
   static constexpr int kWeightBytes = kInt4 ? kRows * kStepK / 2 : kRows * kStepK;
   static constexpr int kStageBytes = kTokenBytes + kWeightBytes;
 
+  // Few tokens: the multiprocessor's clock cycles between two stages that are loaded ahead.
+  static constexpr bool kPaced = kTokens <= 64;
+  static constexpr int64_t kPaceCycles = kWeightBytes * 1200 / 16384;
+
   // Output tiles leave through shared memory and tensor stores, in pieces of 64 rows x kStoreTokens tokens.
   static constexpr bool kTensorStore = kTokens >= 32;
   static constexpr int kStoreTokens = kTokens <= 64 ? kTokens : (kTokens % 64 == 0 ? 64 : 48);

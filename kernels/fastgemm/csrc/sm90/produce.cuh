@@ -38,16 +38,22 @@ __device__ __forceinline__ void load_weights(const Params& p, const CUtensorMap*
 }
 
 // While the preceding kernel may still run, brings the weights of the first stages into L2, or into the stages where
-// it is known not to write them.  Returns how many stages are on their way.
+// it is known not to write them: at the pace of the device memory, because the preceding kernel's few accesses would queue
+// behind a burst of loads.  Returns how many stages are on their way.
 template <class C>
 __device__ __forceinline__ int load_ahead(const Params& p, const CUtensorMap* w_map, const Shared& s, int rank,
                                           uint64_t policy) {
   int count = 0;
+  const int64_t start = clock64();
   for (Schedule work(p); work.valid(p) && count < p.ahead_steps; work.advance(p)) {
     const Tile tile = tile_at(p, work.index);
     const StepRange range = steps_of(p, work.shared(p), rank);
 #pragma unroll 1
     for (int step = range.first; step < range.last && count < p.ahead_steps; ++step, ++count) {
+      if (C::kPaced && p.weights_ready) {
+        while (clock64() - start < (count - 1) * C::kPaceCycles) {
+        }
+      }
       if (p.weights_ready)
         load_weights<C, false>(p, w_map, s.stages + count * C::kStageBytes, s.full + 8 * count, tile.row_tile, step,
                                policy);
