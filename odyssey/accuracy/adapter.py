@@ -139,10 +139,12 @@ class HarnessModel(HFLM):
         limit = self.max_length + 1
         sequences, targets = [], []
         for _, context, continuation in requests:
-            if not 0 < len(continuation) <= self.max_length or not len(context):
-                raise ValueError(
-                    f"{self.title}: a continuation of {len(continuation)} tokens after {len(context)} cannot be scored "
-                    f"by a model of {self.max_length} positions"
+            if not len(continuation) or not len(context):
+                raise ValueError(f"{self.title}: a continuation of {len(continuation)} tokens after {len(context)}")
+            if len(continuation) > self.max_length:
+                raise UnsupportedError(
+                    f"{self.title}: an answer of {len(continuation)} tokens cannot be scored by a model of "
+                    f"{self.max_length} positions, in lm-eval neither; leave the task out of accuracy.tasks"
                 )
             # As lm-eval: what does not fit loses its beginning; the last token is predicted, never read.
             sequences.append(np.concatenate([context, continuation])[-limit:][:-1].astype(np.int32))
