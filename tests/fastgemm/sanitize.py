@@ -2,6 +2,7 @@
 
     compute-sanitizer --tool memcheck  python tests/fastgemm/sanitize.py
     compute-sanitizer --tool racecheck python tests/fastgemm/sanitize.py 96      # at most 96 tokens: racecheck is slow
+    compute-sanitizer --tool memcheck  python tests/fastgemm/sanitize.py 400 97  # 97 to 400 tokens
 
 The sizes make the plan choose each tile (8 to 256 tokens) with and without a split reduction, both lengths of a
 pipeline stage, and tails in M, N and K. Every other call promises that the weights are ready.
@@ -52,8 +53,9 @@ def check(bits: int, m: int, n: int, k: int, ready: bool) -> bool:
 def main() -> int:
     """Run every size with both weight widths; returns the exit code."""
     most = int(sys.argv[1]) if len(sys.argv) > 1 else max(m for m, _, _ in SIZES)
+    least = int(sys.argv[2]) if len(sys.argv) > 2 else 1
     wrong = []
-    for index, (m, n, k) in enumerate(s for s in SIZES if s[0] <= most):
+    for index, (m, n, k) in enumerate(s for s in SIZES if least <= s[0] <= most):
         wrong += [(bits, m, n, k) for bits in (4, 8) if not check(bits, m, n, k, index % 2 == 1)]
     print(f"wrong results: {wrong}" if wrong else "all products exact")
     return 1 if wrong else 0
