@@ -91,16 +91,18 @@ class Bench:
                 failed(entry, "unsupported", too_large(need, available))
             else:
                 pending.append(entry)
-        groups = self._groups(pending, case)
+        groups, crowded = self._groups(pending, case), False
         while groups:
             group = groups.pop(0)
             try:
-                rows.update(self._run_group(group, case, failed, progress))
+                rows.update(self._run_group(group, case, crowded, failed, progress))
             except torch.OutOfMemoryError as error:
                 release()
                 if len(group) == 1:
                     failed(group[0], "oom", str(error).strip().splitlines()[0])
                 else:
+                    # The prediction was too hopeful: from here on one after the other, each with the memory to itself.
+                    crowded = True
                     groups = [[entry] for entry in group if entry.name not in rows] + groups
         return [rows[entry.name] for entry in self._entries]
 
@@ -142,9 +144,11 @@ class Bench:
             + needs[0].fixed
         )
 
-    def _run_group(self, group: list[Entry], case: Case, failed, progress: Progress | None) -> dict[str, dict]:
+    def _run_group(
+        self, group: list[Entry], case: Case, crowded: bool, failed, progress: Progress | None
+    ) -> dict[str, dict]:
         kept = [entry for entry in self._entries if entry.name in self._weights and entry not in group]
-        if self._together([*group, *kept], case) > self._available():
+        if crowded or self._together([*group, *kept], case) > self._available():
             for entry in kept:
                 del self._weights[entry.name]
         release()

@@ -9,6 +9,7 @@ import torch
 
 from odyssey.engine import FORMATS
 from odyssey.errors import UnsupportedError
+from odyssey.latency import sweep
 from odyssey.latency.__main__ import main
 from odyssey.latency.cells import dummy_config
 from odyssey.latency.end_to_end import random_prompt
@@ -109,17 +110,21 @@ def test_methods_that_do_not_fit_together_run_in_groups(monkeypatch):
     assert [row["interleaved_with"] for row in rows] == [["fp16", "w8a8"]] * 2 + [["w4a8"]]
 
 
-def test_an_out_of_memory_group_is_tried_one_by_one(monkeypatch):
-    calls = []
+def test_an_out_of_memory_group_is_tried_one_by_one_with_the_memory_to_itself(monkeypatch):
+    calls, timed = [], sweep.time_interleaved
 
-    def time_interleaved(candidates, *_, **__):
-        calls.append([candidate.name for candidate in candidates])
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+    def time_interleaved(candidates, *arguments, **options):
+        calls.append(([candidate.name for candidate in candidates], sorted(bench._weights)))
+        if len(bench._weights) > 1 or calls[-1][0] == ["fp16"]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return timed(candidates, *arguments, **options)
 
-    monkeypatch.setattr("odyssey.latency.sweep.time_interleaved", time_interleaved)
-    rows = _bench(_entries(["fp16", "w8a8"])).run(Case(1, 8, 2, 0, 1))
-    assert calls == [["fp16", "w8a8"], ["fp16"], ["w8a8"]]
-    assert [row["outcome"] for row in rows] == ["oom", "oom"]
+    monkeypatch.setattr(sweep, "time_interleaved", time_interleaved)
+    bench = _bench(_entries(["fp16", "w8a8", "w4a8"]))
+    rows = bench.run(Case(1, 8, 2, 0, 1))
+    together = ["fp16", "w8a8", "w4a8"]
+    assert calls == [(together, sorted(together)), *(([name], [name]) for name in together)]
+    assert [row["outcome"] for row in rows] == ["oom", "ok", "ok"]
 
 
 def test_too_long_a_sequence_is_a_row_with_a_reason():
