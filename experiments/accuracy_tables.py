@@ -31,6 +31,7 @@ from experiments.style import method_name, method_rank
 from experiments.table import Column, Table
 
 _MODEL, _METHOD, _FORMAT = Column("model", "model"), Column("method", "method"), Column("format", "format")
+_PAPER_WINDOW = 2048
 _PAPER_PROTOCOL = (
     "The paper's FP16 perplexity of LLaMA-7B is 5.73 where the common protocol (windows of 2048 tokens) gives 5.68, "
     "for a reason that is not known here: compare distances from FP16 rather than values."
@@ -82,7 +83,7 @@ def _perplexity_table(
     full = [each for each in measurements if each.method != "odyssey" or each.recipe == FULL_RECIPE]
     protocol, shown = _one_protocol(full)
     shown = with_reference(shown, perplexity_pair)
-    papers = dataset is None and _is_papers(protocol)
+    papers = dataset is None and is_papers(protocol)
     title = {"c4": "C4"}.get(dataset) or _dataset_name(protocol)
     return comparison_table(
         name,
@@ -106,7 +107,7 @@ def table6_ablation(measurements: Sequence[Measurement], not_run: NotRun | None 
     references = [each for each in measurements if each.method == "fp16" and each.protocol == protocol]
     shown = [each for each in with_reference([*references, *shown], perplexity_pair) if each.recipe is not None]
     reported = {}
-    if _is_papers(protocol):
+    if is_papers(protocol):
         for (model, recipe), figure in paper.reported(paper.ABLATION).items():
             reported[model, "W4A8", recipe] = figure.value
     return comparison_table(
@@ -231,14 +232,15 @@ def _protocol_lines(protocol: Protocol | None) -> tuple[str, ...]:
     return (f"Protocol: {protocol}.",) if protocol else ()
 
 
-def _is_papers(protocol: Protocol | None) -> bool:
-    return protocol is None or protocol.dataset == "wikitext2"
+def is_papers(protocol: Protocol | None) -> bool:
+    """Whether the paper's perplexities belong beside results of this protocol: the whole text in windows of 2048."""
+    return protocol is None or (protocol.dataset, protocol.window, protocol.whole) == ("wikitext2", _PAPER_WINDOW, True)
 
 
 def _dataset_name(protocol: Protocol | None) -> str:
     return (
         "WikiText-2"
-        if _is_papers(protocol)
+        if protocol is None or protocol.dataset == "wikitext2"
         else {"file": "a text file", "embedded": "the embedded text"}.get(protocol.dataset, protocol.dataset)
     )
 
@@ -252,4 +254,4 @@ def _with_format(quantity: str) -> dict[tuple, float]:
 
 
 def _protocol_notes(protocol: Protocol | None) -> tuple[str, ...]:
-    return (*_protocol_lines(protocol), *([_PAPER_PROTOCOL] if _is_papers(protocol) else ()))
+    return (*_protocol_lines(protocol), *([_PAPER_PROTOCOL] if is_papers(protocol) else ()))

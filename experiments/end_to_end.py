@@ -3,6 +3,7 @@ tables, and the ratios that the paper gives."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -41,21 +42,23 @@ class Timed:
 
 
 def timed_rows(documents: Iterable[dict], records: Iterable[dict] = ()) -> list[Timed]:
-    """Every row of the paper's lengths, later runs of the same model, batch size, method and GPU in place of earlier
-    ones; a row that failed gives way to one that did not."""
-    found: dict[tuple, Timed] = {}
+    """Every row of the paper's lengths, one for each model, batch size, method and GPU.
+
+    Of several, one that did not fail counts, of the commit that was run last, and there of the run in which most
+    methods took turns: ratios need both of their methods in one run.
+    """
+    found: list[Timed] = []
     for content, run in _runs(documents, records):
         environment = content["environment"]
         gpu = environment.get("gpu")
         device = gpu["name"] if isinstance(gpu, dict) else gpu or environment.get("cpu") or "CPU"
-        for row in content["rows"]:
-            if (row["input_len"], row["output_len"]) != (INPUT_LEN, OUTPUT_LEN):
-                continue
-            timed = Timed(row, device, short_commit(environment.get("git_commit")), run)
-            key = (device, *timed.key)
-            if key not in found or timed.ok or not found[key].ok:
-                found[key] = timed
-    return sorted(found.values(), key=_rank)
+        commit = short_commit(environment.get("git_commit"))
+        rows = [row for row in content["rows"] if (row["input_len"], row["output_len"]) == (INPUT_LEN, OUTPUT_LEN)]
+        found += [Timed(row, device, commit, run) for row in rows]
+    together = Counter((timed.run, *timed.key[:2]) for timed in found if timed.ok)
+    last = {timed.commit: order for order, timed in enumerate(found)}
+    found.sort(key=lambda timed: (timed.ok, last[timed.commit], together[timed.run, *timed.key[:2]]))
+    return sorted({(timed.device, *timed.key): timed for timed in found}.values(), key=_rank)
 
 
 def _runs(documents: Iterable[dict], records: Iterable[dict]) -> Iterator[tuple[dict, str]]:

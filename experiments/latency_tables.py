@@ -32,7 +32,9 @@ def table4_latency(measurements: Sequence[Measurement] = (), not_run: NotRun | N
         with_differences(list(measurements), lambda each: (each.model, each.method)),
         labels=lambda cell: (model_name(cell[0]), engine_name(cell[1]), units.get(cell[1], "ms")),
         rank=lambda cell: (
-            *model_rank(cell[0]), order.index(cell[1]) if cell[1] in order else len(order), engine_rank(cell[1]),
+            *model_rank(cell[0]),
+            order.index(cell[1]) if cell[1] in order else len(order),
+            engine_rank(cell[1]),
         ),
         number="{:.6g}",
         signed="{:+.6g}",

@@ -25,12 +25,16 @@ class MixedProtocolsError(Exception):
 
 @dataclass(frozen=True, order=True)
 class Protocol:
-    """How a result was obtained. Only results of the same protocol share a column."""
+    """How a result was obtained. Only results of the same protocol share a column.
+
+    whole: not cut to its first windows.
+    """
 
     dataset: str
     text: str
     settings: str
     window: int | None = None
+    whole: bool = True
 
     def __str__(self) -> str:
         window = f"windows of {self.window} tokens, " if self.window else ""
@@ -76,7 +80,7 @@ def perplexities(records: Iterable[dict]) -> list[Measurement]:
                 _measurement(
                     record,
                     value=result["value"],
-                    protocol=Protocol(dataset, result["text_sha256"], settings, result["window"]),
+                    protocol=Protocol(dataset, result["text_sha256"], settings, result["window"], not limited),
                     tokens=result["tokens_sha256"],
                     simulated=result.get("simulated", False),
                     result=result,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from experiments.accuracy_tables import (
     accuracy_tasks,
+    is_papers,
     table2_c4,
     table2_lambada,
     table2_perplexity,
@@ -56,7 +57,7 @@ def _accuracy(sources: Sources) -> list[str]:
     sections, not_run = ["## Accuracy\n"], NotRun(sources)
     found = perplexities(sources.records)
     groups = _by_protocol(found)
-    if not any(protocol.dataset == "wikitext2" for protocol in groups):
+    if not any(is_papers(protocol) for protocol in groups):
         # The paper's figures have their table also before one of its models was measured.
         asked = [each for each in found if each.value is None and "wikitext2" in asked_datasets(each.config)]
         groups = {None: asked, **groups}

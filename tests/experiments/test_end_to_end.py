@@ -31,10 +31,10 @@ def failed(method, **changes):
             **reason, **changes}  # fmt: skip
 
 
-def document(rows, path="h100/a.json", started="2026-01-01T00:00:00", gpu="GPU 1"):
+def document(rows, path="h100/a.json", started="2026-01-01T00:00:00", gpu="GPU 1", commit="fedcba9876"):
     return {
         "format": END_TO_END_FORMAT, "started": started, "path": path, "rows": rows,
-        "environment": {"gpu": {"name": gpu}, "git_commit": "fedcba9876"},
+        "environment": {"gpu": {"name": gpu}, "git_commit": commit},
     }  # fmt: skip
 
 
@@ -84,11 +84,21 @@ def test_ratios_never_mix_runs_or_gpus():
     assert len(both) == 2 * len(RUN["rows"])
 
 
-def test_a_later_run_replaces_an_earlier_one_but_not_by_a_failure():
-    later = document([row("w4a8", 240.0), failed("w8a8")], path="h100/b.json", started="2026-01-02T00:00:00")
-    rows = {each.key: each.row for each in timed_rows([later, RUN])}
-    assert rows["llama2-7b", 1, "w4a8"]["total_ms"] == 240.0
-    assert rows["llama2-7b", 1, "w8a8"]["total_ms"] == 500.0
+def test_the_last_commits_run_counts_but_not_its_failures():
+    new = [row("w4a8", 240.0, batch=1), failed("fp16")]
+    later = document(new, path="h100/b.json", started="2026-02-01T00:00:00", commit="0123456789")
+    rows = {timed.key[2]: timed for timed in timed_rows([later, RUN]) if timed.key[1] == 1}
+    assert rows["w4a8"].row["total_ms"] == 240.0
+    assert (rows["fp16"].row["total_ms"], rows["fp16"].run) == (800.0, "h100/a.json")
+
+
+def test_of_one_commits_runs_the_one_with_most_methods_counts():
+    peers = document([row("w4a8", 251.0), row("transformers-fp16", 3900.0)], path="h100/b.json", started="2026-02-01")
+    rows = {timed.key[2]: timed for timed in timed_rows([peers, RUN]) if timed.key[1] == 1}
+    assert {method: timed.run for method, timed in rows.items()} == dict.fromkeys(rows, "h100/a.json")
+    only = document([row("w4a8", 251.0), row("vllm-fp16", 700.0)], path="h100/c.json", started="2026-02-01")
+    rows = {timed.key[2]: timed.run for timed in timed_rows([only, RUN]) if timed.key[1] == 1}
+    assert (rows["w4a8"], rows["vllm-fp16"]) == ("h100/a.json", "h100/c.json")
 
 
 def test_other_lengths_are_left_out_and_cells_are_taken():
