@@ -26,6 +26,7 @@ from experiments.style import (
     PAGE_WIDTH,
     PAPER_COLOUR,
     kernel_colour,
+    kernel_line,
     kernel_name,
     method_colour,
     method_name,
@@ -87,14 +88,15 @@ def draw_gemm(document: dict, path: Path) -> list[Path]:
                 )
                 axis.plot(
                     *zip(*found, strict=True) if found else ((), ()),
-                    color=kernel_colour(kernel), marker="o", markersize=3, linewidth=1.3, label=kernel_name(kernel),
+                    color=kernel_colour(kernel), linestyle=kernel_line(kernel), marker="o", markersize=3, linewidth=1.3,
+                    label=kernel_name(kernel),
                 )  # fmt: skip
             axis.axhline(1, color=kernel_colour(BASELINE), linewidth=0.8, label=kernel_name(BASELINE))
             axis.set_xscale("log", base=2)
             axis.xaxis.set_major_formatter("{x:g}")
-            axis.set_ylim(bottom=0)
             axis.set_title(f"N x K = {n} x {k}")
             axis.grid(alpha=0.3, linewidth=0.5)
+        axes[0][0].set_ylim(bottom=0)  # all panels share it, so only when all have been drawn
         for axis in list(axes.flat)[len(sizes) :]:
             axis.set_visible(False)
         for axis in axes[-1]:
@@ -203,6 +205,9 @@ def _stack(axis, found: list[Timed], title: str) -> None:
     axis.set_xticks(places, names, rotation=40, ha="right", fontsize=6)
     axis.set_title(title, fontsize=7)
     axis.margins(y=0.15)
+    if not any(totals):
+        axis.set_ylim(0, 1)
+        axis.set_yticks([])
 
 
 def draw_figure7(path: Path, documents: Sequence[dict] = (), not_run: NotRun | None = None) -> list[Path]:

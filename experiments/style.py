@@ -38,8 +38,10 @@ _COLOURS = {
 # Kernels of fastgemm.bench: a kernel has the colour of the method that runs on it.
 _KERNELS = {
     "fastgemm": ("FastGEMM W4A8", "#D55E00"),
+    "fastgemm-ready": ("FastGEMM W4A8, weights ready", "#D55E00"),
     "fastgemm-sm80": ("FastGEMM W4A8 (mma.sync)", "#A04000"),
     "w8a8": ("W8A8", "#CC79A7"),
+    "w8a8-ready": ("W8A8, weights ready", "#CC79A7"),
     "w8a8-sm80": ("W8A8 (mma.sync)", "#885577"),
     "cublas-fp16": ("cuBLAS FP16", "#000000"),
     "int-mm": ("torch._int_mm W8A8", "#0072B2"),
@@ -47,7 +49,9 @@ _KERNELS = {
     "grouped": ("fine-grained g128", "#56B4E9"),
     "asymmetric": ("asymmetric", "#E69F00"),
     "unfused": ("unpack + GEMM", "#F0E442"),
-    "humming": ("humming W4A8", "#999999"),
+    "w4a16-humming": ("humming W4A16 g128", "#009E73"),
+    "humming": ("humming W4A8", "#009E73"),
+    "cutlass-w8a8": ("CUTLASS W8A8, tuned", "#56B4E9"),
     "quik-w4a4": ("QUIK W4A4", "#009E73"),
 }
 PAPER_COLOUR = "#BBBBBB"
@@ -75,6 +79,11 @@ def engine_rank(method: str) -> int:
 
 def kernel_name(kernel: str) -> str:
     return _KERNELS[kernel][0] if kernel in _KERNELS else kernel
+
+
+def kernel_line(kernel: str) -> str:
+    """Line style: a kernel that was promised its weights is dashed beside the one that was not."""
+    return "--" if kernel.endswith("-ready") else "-"
 
 
 def kernel_colour(kernel: str) -> str:
