@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+# Before torch loads OpenMP, whose idle threads would otherwise spin against the processes that the tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 OPT_IN = ("gpu", "slow", "reference", "cluster")
 ROOT = Path(__file__).resolve().parent.parent
 
