@@ -116,3 +116,30 @@ def test_small_run(tmp_path):
     document = json.loads(path.read_text())
     assert len(document["rows"]) == 18
     assert all(row["correct"] and row["time_us"] > 0 for row in document["rows"])
+
+
+def test_energy_is_counted_from_step_to_step_of_the_counter():
+    """A counter that advances only every 90 ms still gives the energy of a launch: 300 W for 1 ms."""
+
+    class Gpu:
+        now, launches = 0.0, 0
+
+        def sustain(self, seconds):
+            count = max(1, round(seconds * 1e3))
+            self.now += count * 1e-3
+            self.launches += count
+            return count
+
+        def energy_joules(self):
+            return 300 * 0.09 * (self.now // 0.09)
+
+        def take(self):
+            return {}
+
+        def sample(self):
+            pass
+
+    gpu = Gpu()
+    gpu.sustain(0.05)
+    found = bench._sustained(gpu, gpu)
+    assert found["energy_mj"] == pytest.approx(300, rel=0.02)

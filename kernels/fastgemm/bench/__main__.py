@@ -28,7 +28,10 @@ from .problem import Activations, Weights, relative_error
 from .report import add_speedups, format_row, header, make_row, write_json
 from .timing import GraphTimer, read_bandwidth, run_interleaved, weight_copies
 
-# A continuous run for the energy of a launch: NVML's counter advances every 20 to 100 ms.
+# A continuous run for the energy of a launch. NVML's counter advances every 20 to 100 ms, so the run begins and ends at
+# such a step, which is looked for every few milliseconds.
+ENERGY_STEP_S = 0.3
+ENERGY_POLL_S = 0.004
 SUSTAINED_WARM_UP_S = 0.3
 SUSTAINED_S = 0.6
 SUSTAINED_PARTS = 6
@@ -90,18 +93,30 @@ def _sustained(timer: GraphTimer, monitor: Monitor) -> dict[str, object]:
     """Time, power, clocks and energy of one launch in a continuous run, when the power limit has set in."""
     timer.sustain(SUSTAINED_WARM_UP_S)
     monitor.take()
-    joules, begin = monitor.energy_joules(), time.perf_counter()
+    joules, _ = _to_energy_step(timer, monitor)
+    begin = time.perf_counter()
     launches = 0
     for _ in range(SUSTAINED_PARTS):
         launches += timer.sustain(SUSTAINED_S / SUSTAINED_PARTS)
         monitor.sample()
+    after, more = _to_energy_step(timer, monitor)
+    launches += more
     seconds = time.perf_counter() - begin
-    after = monitor.energy_joules()
     found: dict[str, object] = {"sustained_us": seconds / launches * 1e6, "sustained_clocks": monitor.take()}
     if joules is not None and after is not None:
         found["power_w"] = (after - joules) / seconds
         found["energy_mj"] = (after - joules) / launches * 1e3
     return found
+
+
+def _to_energy_step(timer: GraphTimer, monitor: Monitor) -> tuple[float | None, int]:
+    """Go on launching until the energy counter advances; returns its value (None without one) and the launches."""
+    first, launches, end = monitor.energy_joules(), 0, time.perf_counter() + ENERGY_STEP_S
+    joules = first
+    while joules is not None and joules == first and time.perf_counter() < end:
+        launches += timer.sustain(ENERGY_POLL_S)
+        joules = monitor.energy_joules()
+    return joules, launches
 
 
 def _parse_tokens(text: str) -> list[int]:
