@@ -115,8 +115,8 @@ def _settings(config: dict) -> dict:
 def _run_child(config: DictConfig, directory: Path, digest: str, extra: dict[str, str], line_label: str) -> dict:
     config_path, record_path = directory / CONFIG_NAME, directory / RECORD_NAME
     OmegaConf.save(config, config_path, resolve=True)
-    # OpenMP's idle threads spin by default: beside one other busy process that made a cell more than ten times slower; on
-    # an idle machine sleeping costs 2 % (a forward pass) to 20 % (learned clipping on the smallest model).
+    # OpenMP's idle threads spin by default: beside one other busy process that made a cell more than ten times slower.
+    # On an idle machine sleeping costs 2 % (a forward pass) to 20 % (learned clipping on the smallest model).
     environment = {"OMP_WAIT_POLICY": "passive", **os.environ, "PYTHONUNBUFFERED": "1", **extra}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*source_roots(), environment.get("PYTHONPATH")]))
     if sys.stdout.isatty() and not line_label:
