@@ -44,8 +44,8 @@ class Timed:
 def timed_rows(documents: Iterable[dict], records: Iterable[dict] = ()) -> list[Timed]:
     """Every row of the paper's lengths, one for each model, batch size, method and GPU.
 
-    Of several, one that did not fail counts, of the commit that was run last, and there of the run in which most
-    methods took turns: ratios need both of their methods in one run.
+    Of several, one that did not fail counts, of the run in which most methods took turns, since ratios need both of
+    their methods in one run; among equals that of the commit that was run last.
     """
     found: list[Timed] = []
     for content, run in _runs(documents, records):
@@ -57,7 +57,7 @@ def timed_rows(documents: Iterable[dict], records: Iterable[dict] = ()) -> list[
         found += [Timed(row, device, commit, run) for row in rows]
     together = Counter((timed.run, *timed.key[:2]) for timed in found if timed.ok)
     last = {timed.commit: order for order, timed in enumerate(found)}
-    found.sort(key=lambda timed: (timed.ok, last[timed.commit], together[timed.run, *timed.key[:2]]))
+    found.sort(key=lambda timed: (timed.ok, together[timed.run, *timed.key[:2]], last[timed.commit]))
     return sorted({(timed.device, *timed.key): timed for timed in found}.values(), key=_rank)
 
 

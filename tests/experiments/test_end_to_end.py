@@ -84,12 +84,24 @@ def test_ratios_never_mix_runs_or_gpus():
     assert len(both) == 2 * len(RUN["rows"])
 
 
-def test_the_last_commits_run_counts_but_not_its_failures():
-    new = [row("w4a8", 240.0, batch=1), failed("fp16")]
+def test_of_equal_runs_the_last_commits_counts_but_not_its_failures():
+    new = [
+        row("w4a8", 240.0),
+        row("w8a8", 480.0),
+        row("transformers-fp16", 3900.0),
+        row("vllm-fp16", 700.0),
+        failed("fp16"),
+    ]
     later = document(new, path="h100/b.json", started="2026-02-01T00:00:00", commit="0123456789")
     rows = {timed.key[2]: timed for timed in timed_rows([later, RUN]) if timed.key[1] == 1}
     assert rows["w4a8"].row["total_ms"] == 240.0
     assert (rows["fp16"].row["total_ms"], rows["fp16"].run) == (800.0, "h100/a.json")
+
+
+def test_a_later_run_of_fewer_methods_does_not_count():
+    later = document([row("w4a8", 240.0)], path="h100/b.json", started="2026-02-01T00:00:00", commit="0123456789")
+    rows = {timed.key[2]: timed.run for timed in timed_rows([later, RUN]) if timed.key[1] == 1}
+    assert set(rows.values()) == {"h100/a.json"}
 
 
 def test_of_one_commits_runs_the_one_with_most_methods_counts():
