@@ -30,8 +30,9 @@ $(READY): constraints.txt pyproject.toml
 run: setup
 	$(BIN)/python run.py -m experiment=quickstart
 
+# Most of the minutes are of processes that load their libraries, each on one core.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

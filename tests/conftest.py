@@ -9,6 +9,9 @@ import pytest
 
 # Before torch loads OpenMP, whose idle threads would otherwise spin against the processes that the tests start.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # Test processes that run beside each other, and what they start, have their share of the cores.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(workers))))
 
 OPT_IN = ("gpu", "slow", "reference", "cluster")
 ROOT = Path(__file__).resolve().parent.parent
