@@ -18,9 +18,10 @@ __device__ __forceinline__ uint64_t policy_evict_last() {
   return policy;
 }
 
-__device__ __forceinline__ uint64_t policy_evict_normal() {
+// The default.  Loads with evict_normal take longer: up to 15 % of a product (docs/lab.md).
+__device__ __forceinline__ uint64_t policy_evict_unchanged() {
   uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("createpolicy.fractional.L2::evict_unchanged.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
 
@@ -56,6 +57,16 @@ __device__ __forceinline__ void tensor_load(uint32_t destination, const CUtensor
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(destination),
       "l"(map), "r"(inner), "r"(outer), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
+// The same into both CTAs of a cluster of two; each one's own barrier counts the bytes.
+__device__ __forceinline__ void tensor_load_pair(uint32_t destination, const CUtensorMap* map, int inner, int outer,
+                                                 uint32_t barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
+      "[%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(destination),
+      "l"(map), "r"(inner), "r"(outer), "r"(barrier), "h"(static_cast<uint16_t>(3)), "l"(policy)
       : "memory");
 }
 

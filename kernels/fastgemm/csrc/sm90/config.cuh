@@ -1,39 +1,46 @@
 // Compile-time shape of one sm_90a GEMM kernel, its shared-memory layout and its launch parameters.
 //
 // The weights are operand A of wgmma (64 rows each), the tokens operand B.  One CTA computes a tile of
-// kRows weight rows x kTokens tokens with two consumer warpgroups; warpgroup g owns the row blocks g*kBlocks .. +kBlocks.
+// kRows weight rows x kTokens tokens with one or two consumer warpgroups of 64 rows each.
 #pragma once
 
 #include <stdint.h>
+
+#include "plan.h"
 
 namespace fg::sm90 {
 
 constexpr int kBoxK = 128;              // reduction elements of a tensor copy: 128 bytes, the width of the swizzle
 constexpr int kPackedTile = 2048;       // bytes of a packed 64 x 64 int4 tile
-constexpr int kConsumerGroups = 2;
-constexpr int kConsumerThreads = 128 * kConsumerGroups;
-constexpr int kThreads = kConsumerThreads + 128;
-constexpr int kConsumerWarps = kConsumerThreads / 32;
 constexpr int kMaxStages = 20;
-constexpr int kPrefetchBytes = 131072;  // of weights that a CTA brings into L2 while the preceding kernel runs
 constexpr int kSharedLimit = 232448;    // bytes of shared memory a block may use on sm_90
 
-template <bool kInt4_, int kBlocks_, int kTokens_, int kStepK_ = kBoxK>
+template <bool kInt4_, int kWarpgroups_, int kTokens_, int kStepK_>
 struct Config {
-  static constexpr bool kInt4 = kInt4_;     // int4 weights from registers, otherwise int8 weights from shared memory
-  static constexpr int kBlocks = kBlocks_;  // 64-row blocks per consumer warpgroup
-  static constexpr int kTokens = kTokens_;  // wgmma n
-  static constexpr int kStepK = kStepK_;    // reduction elements per pipeline stage
-  static constexpr int kRowBlocks = kConsumerGroups * kBlocks;
-  static constexpr int kRows = 64 * kRowBlocks;
+  static constexpr bool kInt4 = kInt4_;  // int4 weights from registers, otherwise int8 weights from shared memory
+  static constexpr int kWarpgroups = kWarpgroups_;  // consumer warpgroups, each owns a block of 64 rows
+  static constexpr int kTokens = kTokens_;          // wgmma n
+  static constexpr int kStepK = kStepK_;            // reduction elements per pipeline stage
+  static constexpr int kConsumerWarps = 4 * kWarpgroups;
+  static constexpr int kConsumerThreads = 32 * kConsumerWarps;
+  static constexpr int kThreads = kConsumerThreads + 128;
+  static constexpr int kRows = 64 * kWarpgroups;
 
   static constexpr int kTokenBytes = kTokens * kStepK;
   static constexpr int kWeightBytes = kInt4 ? kRows * kStepK / 2 : kRows * kStepK;
   static constexpr int kStageBytes = kTokenBytes + kWeightBytes;
 
+  // Whether the two CTAs of a cluster can load an operand that both multiply once.  int4 weights: not worth it.
+  static constexpr bool kShares = kTokens >= 64;
+  static constexpr bool kSharesWeights = kShares && !kInt4;
+
   // Few tokens: the multiprocessor's clock cycles between two stages that are loaded ahead.
   static constexpr bool kPaced = kTokens <= 64;
   static constexpr int64_t kPaceCycles = kWeightBytes * 1200 / 16384;
+
+  // Of weights that a CTA brings into L2 while the preceding kernel runs.  With many tokens the weights are a smaller
+  // part of what it loads, and the prefetches delay the first stages.
+  static constexpr int kPrefetchBytes = kTokens < 64 ? 131072 : 32768;
 
   // Output tiles leave through shared memory and tensor stores, in pieces of 64 rows x kStoreTokens tokens.
   static constexpr bool kTensorStore = kTokens >= 32;
@@ -41,7 +48,7 @@ struct Config {
   static constexpr int kStoreBytes = kStoreTokens * 128;  // 64 rows of 16 bits or 32 rows of 32 bits
 
   // Split-K: each thread's accumulators are cut into pieces of 8 tokens x (row g, row g + 8) = 4 registers.
-  static constexpr int kPieces = kBlocks * kTokens / 8;
+  static constexpr int kPieces = kTokens / 8;
   static constexpr bool kThirds = kPieces <= 4;  // clusters of three exist: their shares are whole pieces
 };
 
@@ -56,7 +63,7 @@ template <class C>
 __host__ __device__ constexpr int receive_bytes(int split, int rank) {
   const int share = pieces_per_owner<C>(split);
   const int left = C::kPieces - rank * share;
-  return (split - 1) * (left < 0 ? 0 : (left < share ? left : share)) * kConsumerThreads * 16;
+  return (split - 1) * (left < 0 ? 0 : (left < share ? left : share)) * C::kConsumerThreads * 16;
 }
 
 // CTAs that CTA `rank` sends partial sums to.  Only they report when their exchange area is free again: a report then
@@ -76,12 +83,12 @@ struct SharedLayout {
 // area holds output tiles on their way to tensor stores, later the partial sums of the other CTAs of the cluster.
 template <class C>
 __host__ __device__ constexpr SharedLayout shared_layout(int stages, int split, bool tensor_store) {
-  const int staging = tensor_store ? kConsumerGroups * 2 * C::kStoreBytes : 0;
-  const int receive = (split - 1) * pieces_per_owner<C>(split) * kConsumerThreads * 16;
+  const int staging = tensor_store ? C::kWarpgroups * 2 * C::kStoreBytes : 0;
+  const int receive = (split - 1) * pieces_per_owner<C>(split) * C::kConsumerThreads * 16;
   SharedLayout l{};
   l.exchange = stages * C::kStageBytes;
   l.scales = l.exchange + (staging > receive ? staging : receive);
-  l.barriers = l.scales + kConsumerGroups * C::kTokens * 4;
+  l.barriers = l.scales + C::kWarpgroups * C::kTokens * 4;
   l.total = l.barriers + (2 * kMaxStages + 2) * 8 + 1024;
   return l;
 }
@@ -103,15 +110,17 @@ struct Params {
   int k_blocks;          // packed tiles along K
   int k_steps;           // pipeline steps along K
   int row_blocks;        // 64-row blocks of the weights
-  int row_tiles;
-  int token_tiles;
-  int group;             // token tiles that are walked before the next row tile
+  Share share;           // if not kShareNothing, split is 1 and clusters have two CTAs
+  int row_units;         // row tiles, or pairs of them with kShareTokens
+  int token_units;       // token tiles, or pairs of them with kShareWeights
+  int group;             // token units that are walked before the next row unit
+  int tiles;             // of all units
   int whole_tiles;       // tiles before this index are computed by one CTA each, the rest by a cluster each
-  int split;             // CTAs of a cluster; they share the reduction of a tile
+  int split;             // CTAs that share the reduction of a tile
   int clusters;          // of the grid
   int stages;
   int out_dtype;
-  int stream_weights;    // weights are read once: do not keep them in L2
+  int stream_weights;    // weights pass by once: do not keep them in L2
   int ahead_steps;       // steps whose weights are requested while the preceding kernel may still run
   int weights_ready;     // the preceding kernel does not write the weights: load them before it has finished
 };

@@ -129,70 +129,67 @@ __device__ __forceinline__ void store_pieces(const Params& p, const int (&pieces
 // The whole tile of a warpgroup through shared memory and tensor stores.  `staging` holds 2 * kStoreBytes.
 template <class C, int kOut>
 __device__ __forceinline__ void store_tensor(const Params& p, const CUtensorMap* out_map,
-                                             const int (&acc)[C::kBlocks][C::kTokens / 2],
-                                             const RowFactors (&f)[C::kBlocks], uint32_t scales, uint32_t staging,
-                                             int block_row, int token, int group_barrier) {
+                                             const int (&acc)[C::kTokens / 2], const RowFactors& f, uint32_t scales,
+                                             uint32_t staging, int block_row, int token, int group_barrier) {
   constexpr bool kWide = kOut == FG_F32;
+  // The buffer of the first piece is then the one of the last piece of the tile before.
+  constexpr bool kOddPieces = C::kTokens / C::kStoreTokens % 2 != 0;
   const bool has_bias = p.bias != nullptr;
   const bool raw = p.out_dtype == FG_I32;
   const int thread = opaque(threadIdx.x % 128), lane = thread % 32, warp = thread / 32;
   const int g = lane / 4, t = lane % 4;
   const bool leader = thread == 0;
 #pragma unroll
-  for (int r = 0; r < C::kBlocks; ++r) {
+  for (int c = 0; c < C::kTokens / C::kStoreTokens; ++c) {
+    const int first_token = token + c * C::kStoreTokens;
+    const uint32_t buffer = staging + (kWide ? 0 : c % 2 * C::kStoreBytes);
+    if (leader) {
+      if (kWide || (kOddPieces && c == 0)) ptx::bulk_wait_read<0>();
+      else ptx::bulk_wait_read<1>();
+    }
+    ptx::named_barrier_sync(group_barrier, 128);
+    // A token is 128 bytes of the buffer: chunk c of 16 bytes lies at c ^ (token % 8).
+    const uint32_t scale = scales + (c * C::kStoreTokens + 2 * t) * 4;
 #pragma unroll
-    for (int c = 0; c < C::kTokens / C::kStoreTokens; ++c) {
-      const int first_token = token + c * C::kStoreTokens;
-      const int piece = r * (C::kTokens / C::kStoreTokens) + c;
-      const uint32_t buffer = staging + (kWide ? 0 : piece % 2 * C::kStoreBytes);
-      if (leader) {
-        if constexpr (kWide) ptx::bulk_wait_read<0>();
-        else ptx::bulk_wait_read<1>();
-      }
-      ptx::named_barrier_sync(group_barrier, 128);
-      // A token is 128 bytes of the buffer: chunk c of 16 bytes lies at c ^ (token % 8).
-      const uint32_t scale = scales + (c * C::kStoreTokens + 2 * t) * 4;
+    for (int j = 0; j < C::kStoreTokens / 8; j += 2) {
+      uint32_t packed[4];
 #pragma unroll
-      for (int j = 0; j < C::kStoreTokens / 8; j += 2) {
-        uint32_t packed[4];
+      for (int i = 0; i < 2; ++i) {
+        const float2 xs = ptx::load_shared_float2(scale + 8 * (j + i) * 4);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float2 xs = ptx::load_shared_float2(scale + 8 * (j + i) * 4);
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const int a = 4 * (c * (C::kStoreTokens / 8) + j + i) + 2 * h;
-            const int a0 = acc[r][a], a1 = acc[r][a + 1];
-            if constexpr (kWide) {
-              // Rows 0..31 and 32..63 of the block go to the two halves of the buffer.
-              const uint32_t half = buffer + warp / 2 * C::kStoreBytes + 8 * (j + i) * 128 + g % 4 * 4;
-              const int chunk = 4 * (warp % 2) + 2 * h + g / 4;
-              ptx::store_shared_4(half + 2 * t * 128 + (chunk ^ (2 * t)) * 16,
-                                  word_32bit<C>(raw, a0, xs.x, f[r].scale[h], has_bias, f[r].bias[h]));
-              ptx::store_shared_4(half + (2 * t + 1) * 128 + (chunk ^ (2 * t + 1)) * 16,
-                                  word_32bit<C>(raw, a1, xs.y, f[r].scale[h], has_bias, f[r].bias[h]));
-            } else {
-              packed[2 * i + h] =
-                  pack_16bit<kOut>(scaled_result<C>(a0, xs.x, f[r].scale[h], has_bias, f[r].bias[h]),
-                                   scaled_result<C>(a1, xs.y, f[r].scale[h], has_bias, f[r].bias[h]));
-            }
+        for (int h = 0; h < 2; ++h) {
+          const int a = 4 * (c * (C::kStoreTokens / 8) + j + i) + 2 * h;
+          const int a0 = acc[a], a1 = acc[a + 1];
+          if constexpr (kWide) {
+            // Rows 0..31 and 32..63 of the block go to the two halves of the buffer.
+            const uint32_t half = buffer + warp / 2 * C::kStoreBytes + 8 * (j + i) * 128 + g % 4 * 4;
+            const int chunk = 4 * (warp % 2) + 2 * h + g / 4;
+            ptx::store_shared_4(half + 2 * t * 128 + (chunk ^ (2 * t)) * 16,
+                                word_32bit<C>(raw, a0, xs.x, f.scale[h], has_bias, f.bias[h]));
+            ptx::store_shared_4(half + (2 * t + 1) * 128 + (chunk ^ (2 * t + 1)) * 16,
+                                word_32bit<C>(raw, a1, xs.y, f.scale[h], has_bias, f.bias[h]));
+          } else {
+            packed[2 * i + h] =
+                pack_16bit<kOut>(scaled_result<C>(a0, xs.x, f.scale[h], has_bias, f.bias[h]),
+                                 scaled_result<C>(a1, xs.y, f.scale[h], has_bias, f.bias[h]));
           }
         }
-        if constexpr (!kWide) {
-          // Matrices: rows 0..7 and 8..15 of the warp for tokens 8j .., then for tokens 8j + 8 ..
-          const int chunk = 2 * warp + lane / 8 % 2;
-          const uint32_t address = buffer + (lane / 16 * 8 + lane % 8) * 128 + (chunk ^ (lane % 8)) * 16;
-          ptx::store_matrix_x4_trans(address + 8 * j * 128, packed[0], packed[1], packed[2], packed[3]);
-        }
       }
-      ptx::fence_async_shared();
-      ptx::named_barrier_sync(group_barrier, 128);
-      if (leader) {
-        if (first_token < p.m) {
-          ptx::tensor_store(out_map, buffer, block_row + 64 * r, first_token);
-          if constexpr (kWide) ptx::tensor_store(out_map, buffer + C::kStoreBytes, block_row + 64 * r + 32, first_token);
-        }
-        ptx::bulk_commit();
+      if constexpr (!kWide) {
+        // Matrices: rows 0..7 and 8..15 of the warp for tokens 8j .., then for tokens 8j + 8 ..
+        const int chunk = 2 * warp + lane / 8 % 2;
+        const uint32_t address = buffer + (lane / 16 * 8 + lane % 8) * 128 + (chunk ^ (lane % 8)) * 16;
+        ptx::store_matrix_x4_trans(address + 8 * j * 128, packed[0], packed[1], packed[2], packed[3]);
       }
+    }
+    ptx::fence_async_shared();
+    ptx::named_barrier_sync(group_barrier, 128);
+    if (leader) {
+      if (first_token < p.m) {
+        ptx::tensor_store(out_map, buffer, block_row, first_token);
+        if constexpr (kWide) ptx::tensor_store(out_map, buffer + C::kStoreBytes, block_row + 32, first_token);
+      }
+      ptx::bulk_commit();
     }
   }
 }

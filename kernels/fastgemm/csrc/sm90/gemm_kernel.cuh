@@ -1,4 +1,4 @@
-// The sm_90a GEMM kernel: two producer threads feed a shared-memory pipeline, two consumer warpgroups multiply.
+// The sm_90a GEMM kernel: two producer threads feed a shared-memory pipeline, one or two warpgroups multiply.
 #pragma once
 
 #include <type_traits>
@@ -19,13 +19,12 @@ using Split = std::integral_constant<int, kValue>;
 // Adds up the partial sums of the kSplit CTAs of a cluster and stores the result: CTA `rank` owns the pieces from
 // rank * kShare on.  Integer sums are exact, so the result does not depend on the order.
 template <class C, int kSplit>
-__device__ __forceinline__ void reduce_and_store(const int (&acc)[C::kBlocks][C::kTokens / 2], const Params& p,
-                                                 const Shared& s, const RowFactors (&factors)[C::kBlocks],
-                                                 uint32_t scales, int row, int token, int rank, uint32_t parity,
-                                                 bool last_tile, int lane) {
+__device__ __forceinline__ void reduce_and_store(const int (&acc)[C::kTokens / 2], const Params& p, const Shared& s,
+                                                 const RowFactors& factors, uint32_t scales, int row, int token,
+                                                 int rank, uint32_t parity, bool last_tile, int lane) {
   constexpr int kShare = pieces_per_owner<C>(kSplit);
-  constexpr int kPerBlock = C::kTokens / 8;
-  constexpr int kPieceBytes = kConsumerThreads * 16;
+  static_assert(C::kPieces % kShare == 0, "");
+  constexpr int kPieceBytes = C::kConsumerThreads * 16;
   // The kSplit - 1 slots of a receiver: source CTA c writes slot c - (c > receiver).
   const uint32_t thread_slot = s.exchange + opaque(threadIdx.x) * 16;
 #pragma unroll
@@ -37,8 +36,7 @@ __device__ __forceinline__ void reduce_and_store(const int (&acc)[C::kBlocks][C:
 #pragma unroll
       for (int i = 0; i < kShare; ++i) {
         const int q = owner * kShare + i;
-        if (q < C::kPieces)
-          ptx::store_remote_16(slot + i * kPieceBytes, received, &acc[q / kPerBlock][q % kPerBlock * 4]);
+        if (q < C::kPieces) ptx::store_remote_16(slot + i * kPieceBytes, received, &acc[4 * q]);
       }
     }
   }
@@ -48,11 +46,11 @@ __device__ __forceinline__ void reduce_and_store(const int (&acc)[C::kBlocks][C:
   for (int i = 0; i < kShare; ++i) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      sum[i][e] = acc[i / kPerBlock][i % kPerBlock * 4 + e];
+      sum[i][e] = acc[4 * i + e];
 #pragma unroll
       for (int owner = 1; owner < kSplit; ++owner) {
         const int q = owner * kShare + i;
-        if (q < C::kPieces && owner == rank) sum[i][e] = acc[q / kPerBlock][q % kPerBlock * 4 + e];
+        if (q < C::kPieces && owner == rank) sum[i][e] = acc[4 * q + e];
       }
     }
 #pragma unroll
@@ -72,13 +70,8 @@ __device__ __forceinline__ void reduce_and_store(const int (&acc)[C::kBlocks][C:
   __syncwarp();
   if (!last_tile && rank * kShare < C::kPieces && lane < kSplit && lane != rank)
     ptx::barrier_arrive_remote(ptx::remote_address(s.receive_free, lane));
-  // The pieces of an owner lie in one block of rows.
-  static_assert(kPerBlock % kShare == 0, "");
-  const int first = rank * kShare, block = first / kPerBlock, local = 8 * (first % kPerBlock);
-  if (first < C::kPieces) {
-    const RowFactors f = C::kBlocks > 1 && block > 0 ? factors[C::kBlocks - 1] : factors[0];
-    store_pieces<C, kShare>(p, sum, f, scales + local * 4, row + 64 * block, token + local);
-  }
+  const int local = 8 * rank * kShare;
+  if (local < C::kTokens) store_pieces<C, kShare>(p, sum, factors, scales + local * 4, row, token + local);
 }
 
 template <class C>
@@ -94,14 +87,12 @@ __device__ __forceinline__ void consume(const Params& p, const CUtensorMap* out_
   ptx::grid_launch_dependents();
   for (Schedule work(p); work.valid(p); work.advance(p)) {
     const Tile tile = tile_at(p, work.index);
-    const int block_row = tile.row_tile * C::kRows + group * C::kBlocks * 64;
+    const int block_row = tile.row_tile * C::kRows + group * 64;
     const int row = block_row + 16 * warp;
     const int token = tile.token_tile * C::kTokens;
     const StepRange range = steps_of(p, work.shared(p), rank);
 
-    RowFactors factors[C::kBlocks];
-#pragma unroll
-    for (int r = 0; r < C::kBlocks; ++r) factors[r] = load_row_factors<C>(p, row + 64 * r + lane / 4);
+    const RowFactors factors = load_row_factors<C>(p, row + lane / 4);
     constexpr int kScaleLoads = (C::kTokens + 127) / 128;
     float x_scale[kScaleLoads];
 #pragma unroll
@@ -121,7 +112,7 @@ __device__ __forceinline__ void consume(const Params& p, const CUtensorMap* out_
     }
     if (work.shared(p) && threadIdx.x == 0) ptx::barrier_arrive_expect(s.received, receive_bytes<C>(p.split, rank));
 
-    int acc[C::kBlocks][C::kTokens / 2];
+    int acc[C::kTokens / 2];
     if constexpr (C::kInt4) multiply_int4<C>(acc, p, s, at, range.last - range.first, group, lane);
     else multiply_int8<C>(acc, p, s, at, range.last - range.first, group, lane);
 
@@ -158,10 +149,8 @@ __device__ __forceinline__ void consume(const Params& p, const CUtensorMap* out_
       else
         store_tensor<C, FG_F32>(p, out_map, acc, factors, scales, staging, block_row, token, group_barrier);
     } else {
-#pragma unroll
-      for (int r = 0; r < C::kBlocks; ++r)
-        store_pieces<C, C::kTokens / 8>(p, reinterpret_cast<const int(&)[C::kTokens / 8][4]>(acc[r]), factors[r], scales,
-                                        row + 64 * r, token);
+      store_pieces<C, C::kTokens / 8>(p, reinterpret_cast<const int(&)[C::kTokens / 8][4]>(acc), factors, scales, row,
+                                      token);
     }
     // The next tile overwrites the scales.
     ptx::named_barrier_sync(group_barrier, 128);
@@ -174,44 +163,53 @@ __device__ __forceinline__ void consume(const Params& p, const CUtensorMap* out_
 }
 
 template <class C>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(C::kThreads, 1)
     gemm_kernel(const __grid_constant__ Params p, const __grid_constant__ CUtensorMap x_map,
                 const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap out_map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ uint8_t shared_memory[];
   const SharedLayout layout = shared_layout<C>(p.stages, p.split, C::kTensorStore && p.whole_tiles > 0);
   const uint32_t base = (ptx::smem_address(shared_memory) + 1023) & ~1023u;
-  const Shared s{base,
-                 base + layout.exchange,
-                 base + layout.scales,
-                 base + layout.barriers,
-                 base + layout.barriers + 8 * kMaxStages,
-                 base + layout.barriers + 16 * kMaxStages,
-                 base + layout.barriers + 16 * kMaxStages + 8};
-  const int rank = p.split > 1 ? static_cast<int>(ptx::cluster_rank()) : 0;
+  Shared s{base,
+           base + layout.exchange,
+           base + layout.scales,
+           base + layout.barriers,
+           base + layout.barriers + 8 * kMaxStages,
+           base + layout.barriers + 16 * kMaxStages,
+           base + layout.barriers + 16 * kMaxStages + 8,
+           base + layout.barriers + 8 * kMaxStages};
+  const bool shares = C::kShares && p.share != kShareNothing;
+  const int rank = p.split > 1 || shares ? static_cast<int>(ptx::cluster_rank()) : 0;
 
-  if (threadIdx.x == kConsumerThreads) {
+  if (threadIdx.x == C::kConsumerThreads) {
     ptx::prefetch_tensor_map(&x_map);
     if (!C::kInt4) ptx::prefetch_tensor_map(&w_map);
     for (int i = 0; i < p.stages; ++i) {
       ptx::barrier_init(s.full + 8 * i, 2);
-      ptx::barrier_init(s.empty + 8 * i, kConsumerWarps);
+      ptx::barrier_init(s.empty + 8 * i, shares ? 2 * C::kConsumerWarps : C::kConsumerWarps);
     }
     ptx::barrier_init(s.received, 1);
-    ptx::barrier_init(s.receive_free, max(1, kConsumerWarps * receivers<C>(p.split, rank)));
+    ptx::barrier_init(s.receive_free, max(1, C::kConsumerWarps * receivers<C>(p.split, rank)));
     ptx::fence_barrier_init();
   }
   __syncthreads();
+  if (shares) {
+    // Both have initialised their barriers before either loads into the other or reports to it.
+    s.release = ptx::remote_address(s.empty, threadIdx.x % 2);
+    ptx::cluster_arrive_relaxed();
+    ptx::cluster_wait();
+  }
 
-  if (threadIdx.x >= kConsumerThreads) {
-    ptx::registers_decrease<40>();
+  // One consumer warpgroup: the registers suffice as they are.
+  if (threadIdx.x >= C::kConsumerThreads) {
+    if constexpr (C::kWarpgroups > 1) ptx::registers_decrease<40>();
     if (p.split > 1) ptx::cluster_arrive_relaxed();
-    if (threadIdx.x == kConsumerThreads) produce_weights<C>(p, &w_map, s, rank);
-    else if (threadIdx.x == kConsumerThreads + 32) produce_tokens<C>(p, &x_map, s, rank);
+    if (threadIdx.x == C::kConsumerThreads) produce_weights<C>(p, &w_map, s, rank);
+    else if (threadIdx.x == C::kConsumerThreads + 32) produce_tokens<C>(p, &x_map, s, rank);
     __syncwarp();
     if (p.split > 1) ptx::cluster_wait();
   } else {
-    ptx::registers_increase<232>();
+    if constexpr (C::kWarpgroups > 1) ptx::registers_increase<232>();
     consume<C>(p, &out_map, s, rank);
   }
 #endif

@@ -49,7 +49,7 @@ int resident_clusters(int device, int size, int* clusters) {
     attribute.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(size);
-    config.blockDim = dim3(kThreads);
+    config.blockDim = dim3(C::kThreads);
     config.dynamicSmemBytes = kSharedLimit;
     config.attrs = &attribute;
     config.numAttrs = 1;
@@ -65,8 +65,10 @@ int resident_clusters(int device, int size, int* clusters) {
 template <class C>
 int launch(const GemmArgs& a, const Plan& plan) {
   const int k_steps = static_cast<int>((a.k + C::kStepK - 1) / C::kStepK);
-  int cluster = plan.split;
-  while (cluster > k_steps) cluster = cluster == 3 ? 2 : cluster / 2;  // every CTA of a cluster multiplies
+  const bool shares = plan.share == kShareTokens ? C::kShares : plan.share == kShareWeights && C::kSharesWeights;
+  int split = shares ? 1 : plan.split;
+  while (split > k_steps) split = split == 3 ? 2 : split / 2;  // every CTA of a cluster multiplies
+  const int cluster = shares ? 2 : split;
   int device = 0, clusters = 0;
   const cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) return cuda_code(status);
@@ -84,29 +86,35 @@ int launch(const GemmArgs& a, const Plan& plan) {
   p.k_blocks = static_cast<int>((a.k + 63) / 64);
   p.k_steps = k_steps;
   p.row_blocks = static_cast<int>((a.n + 63) / 64);
-  p.row_tiles = static_cast<int>((a.n + C::kRows - 1) / C::kRows);
-  p.token_tiles = static_cast<int>((a.m + C::kTokens - 1) / C::kTokens);
-  const int groups = (p.token_tiles + plan.group - 1) / plan.group;
-  p.group = (p.token_tiles + groups - 1) / groups;
-  const int64_t tiles = static_cast<int64_t>(p.row_tiles) * p.token_tiles;
+  p.share = shares ? plan.share : kShareNothing;
+  const int row_tiles = static_cast<int>((a.n + C::kRows - 1) / C::kRows);
+  const int token_tiles = static_cast<int>((a.m + C::kTokens - 1) / C::kTokens);
+  p.row_units = p.share == kShareTokens ? (row_tiles + 1) / 2 : row_tiles;
+  p.token_units = p.share == kShareWeights ? (token_tiles + 1) / 2 : token_tiles;
+  const int groups = (p.token_units + plan.group - 1) / plan.group;
+  p.group = (p.token_units + groups - 1) / groups;
+  const int64_t tiles = static_cast<int64_t>(p.row_units) * p.token_units * (shares ? 2 : 1);
   const int64_t wave = static_cast<int64_t>(clusters) * cluster;
-  p.split = cluster;
-  p.whole_tiles = static_cast<int>(cluster == 1 ? tiles : tiles / wave * wave);
-  const int64_t grid = tiles * cluster < wave ? tiles * cluster : wave;
+  p.tiles = static_cast<int>(tiles);
+  p.split = split;
+  p.whole_tiles = static_cast<int>(split == 1 ? tiles : tiles / wave * wave);
+  const int64_t grid = tiles * split < wave ? tiles * split : wave;
   p.clusters = static_cast<int>(grid / cluster);
   const bool tensor_store = C::kTensorStore && p.whole_tiles > 0;
-  p.stages = pipeline_stages<C>(cluster, tensor_store);
+  p.stages = pipeline_stages<C>(split, tensor_store);
   p.out_dtype = a.out_dtype;
-  p.stream_weights = p.token_tiles == 1;
+  p.stream_weights = p.token_units <= p.group;
   p.weights_ready = a.weights_ready;
   p.ahead_steps = p.stages;
-  if (!a.weights_ready && p.ahead_steps > kPrefetchBytes / C::kWeightBytes)
-    p.ahead_steps = kPrefetchBytes / C::kWeightBytes;
+  if (!a.weights_ready && p.ahead_steps > C::kPrefetchBytes / C::kWeightBytes)
+    p.ahead_steps = C::kPrefetchBytes / C::kWeightBytes;
 
   CUtensorMap x_map{}, w_map{}, out_map{};
-  code = encode_tensor_map(&x_map, a.x, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.m, a.k, C::kTokens, kBoxK);
+  const int x_rows = p.share == kShareTokens ? C::kTokens / 2 : C::kTokens;
+  code = encode_tensor_map(&x_map, a.x, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.m, a.k, x_rows, kBoxK);
+  const int w_rows = p.share == kShareWeights ? C::kRows / 2 : C::kRows;
   if (code == FG_OK && !C::kInt4)
-    code = encode_tensor_map(&w_map, a.w, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.n, a.k, C::kRows, kBoxK);
+    code = encode_tensor_map(&w_map, a.w, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.n, a.k, w_rows, kBoxK);
   if (code == FG_OK && tensor_store) {
     const bool wide = a.out_dtype == FG_I32 || a.out_dtype == FG_F32;
     code = encode_tensor_map(&out_map, a.out, wide ? CU_TENSOR_MAP_DATA_TYPE_UINT32 : CU_TENSOR_MAP_DATA_TYPE_UINT16,
@@ -125,7 +133,7 @@ int launch(const GemmArgs& a, const Plan& plan) {
   attributes[count++].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(grid));
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(C::kThreads);
   config.dynamicSmemBytes = shared_layout<C>(p.stages, p.split, tensor_store).total;
   config.stream = a.stream;
   config.attrs = attributes;

@@ -9,26 +9,27 @@
 
 namespace fg::sm90 {
 
-__device__ __forceinline__ void release_stage(const Shared& s, int stage, int lane) {
-  if (lane == 0) ptx::barrier_arrive(s.empty + 8 * stage);
+// A stage that another CTA fills as well is free when both have read it: lane i reports to CTA i.
+template <class C>
+__device__ __forceinline__ void release_stage(const Params& p, const Shared& s, int stage, int lane) {
+  if constexpr (C::kShares) {
+    if (lane == 0 || (lane == 1 && p.share != kShareNothing)) ptx::barrier_arrive_cluster(s.release + 8 * stage);
+  } else {
+    if (lane == 0) ptx::barrier_arrive(s.empty + 8 * stage);
+  }
 }
 
 template <class C>
-__device__ __forceinline__ void pin(int (&acc)[C::kBlocks][C::kTokens / 2]) {
+__device__ __forceinline__ void pin(int (&acc)[C::kTokens / 2]) {
 #pragma unroll
-  for (int r = 0; r < C::kBlocks; ++r)
-#pragma unroll
-    for (int i = 0; i < C::kTokens / 2; ++i) ptx::wgmma_pin(acc[r][i]);
+  for (int i = 0; i < C::kTokens / 2; ++i) ptx::wgmma_pin(acc[i]);
 }
 
-// Packed words of one stage -> registers: one 16-byte load per 64-row block and 64 reduction elements.
+// Packed words of one stage -> registers: one 16-byte load per 64 reduction elements.
 template <class C>
-__device__ __forceinline__ void load_packed(uint4 (&raw)[C::kStepK / 64][C::kBlocks], uint32_t address) {
+__device__ __forceinline__ void load_packed(uint4 (&raw)[C::kStepK / 64], uint32_t address) {
 #pragma unroll
-  for (int h = 0; h < C::kStepK / 64; ++h)
-#pragma unroll
-    for (int r = 0; r < C::kBlocks; ++r)
-      raw[h][r] = ptx::load_shared_16(address + r * (64 * C::kStepK / 2) + h * kPackedTile);
+  for (int h = 0; h < C::kStepK / 64; ++h) raw[h] = ptx::load_shared_16(address + h * kPackedTile);
 }
 
 __device__ __forceinline__ void unpack(uint32_t (&a)[2][4], const uint4& w) {
@@ -42,15 +43,15 @@ __device__ __forceinline__ void unpack(uint32_t (&a)[2][4], const uint4& w) {
   a[1][3] = (w.w << 4) & 0xF0F0F0F0u;
 }
 
-// int4: the A fragments are double-buffered; those of 64 columns are built while the tensor cores work on the 64 before.
+// int4: the A fragments are double-buffered; those of 64 columns are built while the tensor cores work on the last 64.
 template <class C>
-__device__ __forceinline__ void multiply_int4(int (&acc)[C::kBlocks][C::kTokens / 2], const Params& p, const Shared& s,
+__device__ __forceinline__ void multiply_int4(int (&acc)[C::kTokens / 2], const Params& p, const Shared& s,
                                               StagePosition& at, int steps, int group, int lane) {
   constexpr int kParts = C::kStepK / 64;
   const uint32_t thread_weights =
-      s.stages + C::kTokenBytes + group * C::kBlocks * (64 * C::kStepK / 2) + threadIdx.x % 128 * 16;
-  uint4 raw[kParts][C::kBlocks];
-  uint32_t fragment[2][C::kBlocks][2][4];
+      s.stages + C::kTokenBytes + group * (64 * C::kStepK / 2) + threadIdx.x % 128 * 16;
+  uint4 raw[kParts];
+  uint32_t fragment[2][2][4];
   ptx::barrier_wait(s.full + 8 * at.stage, at.phase);
   load_packed<C>(raw, thread_weights + at.stage * C::kStageBytes);
   int previous = 0;
@@ -60,18 +61,14 @@ __device__ __forceinline__ void multiply_int4(int (&acc)[C::kBlocks][C::kTokens 
 #pragma unroll
     for (int h = 0; h < kParts; ++h) {
       auto& a = fragment[h % 2];
+      unpack(a, raw[h]);
 #pragma unroll
-      for (int r = 0; r < C::kBlocks; ++r) unpack(a[r], raw[h][r]);
-#pragma unroll
-      for (int i = 0; i < 8 * C::kBlocks; ++i) ptx::wgmma_pin(a[i / 8][i / 4 % 2][i % 4]);
+      for (int i = 0; i < 8; ++i) ptx::wgmma_pin(a[i / 4][i % 4]);
       pin<C>(acc);
       ptx::wgmma_fence();
       const uint64_t columns = tokens + h / 2 * (C::kTokens * kBoxK / 16) + 4 * (h % 2);
 #pragma unroll
-      for (int kk = 0; kk < 2; ++kk)
-#pragma unroll
-        for (int r = 0; r < C::kBlocks; ++r)
-          ptx::Wgmma<C::kTokens>::rs(acc[r], a[r][kk], columns + 2 * kk, step | h | kk);
+      for (int kk = 0; kk < 2; ++kk) ptx::Wgmma<C::kTokens>::rs(acc, a[kk], columns + 2 * kk, step | h | kk);
       ptx::wgmma_commit();
       if (h == kParts - 1) {
         at.advance(p.stages);
@@ -81,40 +78,40 @@ __device__ __forceinline__ void multiply_int4(int (&acc)[C::kBlocks][C::kTokens 
         }
       }
       ptx::wgmma_wait<1>();
-      if (h == 0 && step > 0) release_stage(s, previous, lane);
+      if (h == 0 && step > 0) release_stage<C>(p, s, previous, lane);
     }
     previous = current;
   }
   ptx::wgmma_wait<0>();
   pin<C>(acc);
-  release_stage(s, previous, lane);
+  release_stage<C>(p, s, previous, lane);
 }
 
 template <class C>
-__device__ __forceinline__ void multiply_int8(int (&acc)[C::kBlocks][C::kTokens / 2], const Params& p, const Shared& s,
+__device__ __forceinline__ void multiply_int8(int (&acc)[C::kTokens / 2], const Params& p, const Shared& s,
                                               StagePosition& at, int steps, int group, int lane) {
+  constexpr int kNextWeights = C::kRows * kBoxK / 16, kNextTokens = C::kTokens * kBoxK / 16;  // columns 128 ..
   int previous = 0;
   for (int step = 0; step < steps; ++step) {
     ptx::barrier_wait(s.full + 8 * at.stage, at.phase);
     const uint32_t base = s.stages + at.stage * C::kStageBytes;
     const uint64_t tokens = ptx::swizzled_descriptor(base);
-    const uint64_t weights = ptx::swizzled_descriptor(base + C::kTokenBytes + group * C::kBlocks * 64 * C::kStepK);
+    const uint64_t weights = ptx::swizzled_descriptor(base + C::kTokenBytes + group * 64 * kBoxK);
     pin<C>(acc);
     ptx::wgmma_fence();
 #pragma unroll
-    for (int kk = 0; kk < 4; ++kk)
-#pragma unroll
-      for (int r = 0; r < C::kBlocks; ++r)
-        ptx::Wgmma<C::kTokens>::ss(acc[r], weights + r * (64 * C::kStepK / 16) + 2 * kk, tokens + 2 * kk, step | kk);
+    for (int kk = 0; kk < C::kStepK / 32; ++kk)
+      ptx::Wgmma<C::kTokens>::ss(acc, weights + kk / 4 * kNextWeights + 2 * (kk % 4),
+                                 tokens + kk / 4 * kNextTokens + 2 * (kk % 4), step | kk);
     ptx::wgmma_commit();
     ptx::wgmma_wait<1>();
-    if (step > 0) release_stage(s, previous, lane);
+    if (step > 0) release_stage<C>(p, s, previous, lane);
     previous = at.stage;
     at.advance(p.stages);
   }
   ptx::wgmma_wait<0>();
   pin<C>(acc);
-  release_stage(s, previous, lane);
+  release_stage<C>(p, s, previous, lane);
 }
 
 }  // namespace fg::sm90

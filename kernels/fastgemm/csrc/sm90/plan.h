@@ -5,11 +5,15 @@
 
 namespace fg::sm90 {
 
+// What the two CTAs of a cluster load once for both, each one half: their tiles differ in the other operand alone.
+enum Share : int { kShareNothing, kShareTokens, kShareWeights };
+
 struct Plan {
-  int blocks;  // 64-row blocks per consumer warpgroup (tile rows = 128 * blocks)
-  int tokens;  // tokens per tile
-  int split;   // cluster size (1, 2, 3, 4 or 8); the tiles that do not fill the device are computed by a whole cluster each
-  int group;   // token tiles walked before the next row tile
+  int warpgroups;  // 64-row blocks per tile
+  int tokens;      // tokens per tile
+  int split;       // CTAs (1, 2, 3, 4 or 8) of the clusters that compute the tiles that do not fill the device
+  Share share;     // what pairs of CTAs share; only with split 1
+  int group;       // token tiles walked before the next row tile, or pairs of them with kShareWeights
 };
 
 // The plan with the smallest estimated time on a device with `sms` multiprocessors.  weights_ready: see gemm_args.h; the

@@ -8,31 +8,36 @@
 
 namespace fg::sm90 {
 
-// Weights of one pipeline step into a stage, or (kPrefetch) only into L2.
+// Weights of one pipeline step into a stage, or (kPrefetch) only into L2; shared weights: this CTA's half, for both.
 template <class C, bool kPrefetch>
 __device__ __forceinline__ void load_weights(const Params& p, const CUtensorMap* w_map, uint32_t stage, uint32_t full,
-                                             int row_tile, int step, uint64_t policy) {
+                                             int row_tile, int step, int rank, uint64_t policy) {
   const uint32_t weights = stage + C::kTokenBytes;
   if constexpr (C::kInt4) {
     constexpr int kTiles = C::kStepK / 64;
-    const int first_block = row_tile * C::kRowBlocks;
-    const int blocks = min(C::kRowBlocks, p.row_blocks - first_block);
+    const int first_block = row_tile * C::kWarpgroups;
+    const int blocks = max(0, min(C::kWarpgroups, p.row_blocks - first_block));
     const uint32_t bytes = min(kTiles, p.k_blocks - step * kTiles) * kPackedTile;
     if (!kPrefetch) ptx::barrier_arrive_expect(full, blocks * bytes);
     const int64_t block_stride = static_cast<int64_t>(p.k_blocks) * kPackedTile;
     const uint8_t* source = p.w + first_block * block_stride + static_cast<int64_t>(step) * kTiles * kPackedTile;
 #pragma unroll
-    for (int b = 0; b < C::kRowBlocks; ++b) {
+    for (int b = 0; b < C::kWarpgroups; ++b) {
       if (b >= blocks) continue;
       if constexpr (kPrefetch) ptx::bulk_prefetch(source + b * block_stride, bytes, policy);
       else ptx::bulk_load(weights + b * (kTiles * kPackedTile), source + b * block_stride, bytes, full, policy);
     }
   } else {
-    if constexpr (kPrefetch) {
-      ptx::tensor_prefetch(w_map, step * kBoxK, row_tile * C::kRows, policy);
-    } else {
-      ptx::barrier_arrive_expect(full, C::kWeightBytes);
-      ptx::tensor_load(weights, w_map, step * kBoxK, row_tile * C::kRows, full, policy);
+    if (!kPrefetch) ptx::barrier_arrive_expect(full, C::kWeightBytes);
+    const bool halves = C::kSharesWeights && p.share == kShareWeights;
+    const int half = halves ? rank * (C::kRows / 2) : 0;
+#pragma unroll
+    for (int k = 0; k < C::kStepK; k += kBoxK) {
+      const int column = step * C::kStepK + k, row = row_tile * C::kRows + half;
+      const uint32_t target = weights + k * C::kRows + half * kBoxK;
+      if constexpr (kPrefetch) ptx::tensor_prefetch(w_map, column, row, policy);
+      else if (halves) ptx::tensor_load_pair(target, w_map, column, row, full, policy);
+      else ptx::tensor_load(target, w_map, column, row, full, policy);
     }
   }
 }
@@ -56,9 +61,9 @@ __device__ __forceinline__ int load_ahead(const Params& p, const CUtensorMap* w_
       }
       if (p.weights_ready)
         load_weights<C, false>(p, w_map, s.stages + count * C::kStageBytes, s.full + 8 * count, tile.row_tile, step,
-                               policy);
+                               rank, policy);
       else
-        load_weights<C, true>(p, w_map, 0, 0, tile.row_tile, step, policy);
+        load_weights<C, true>(p, w_map, 0, 0, tile.row_tile, step, rank, policy);
     }
   }
   return p.weights_ready ? count : 0;
@@ -67,7 +72,7 @@ __device__ __forceinline__ int load_ahead(const Params& p, const CUtensorMap* w_
 // Fills the pipeline with weights.
 template <class C>
 __device__ __forceinline__ void produce_weights(const Params& p, const CUtensorMap* w_map, const Shared& s, int rank) {
-  const uint64_t policy = p.stream_weights ? ptx::policy_evict_first() : ptx::policy_evict_normal();
+  const uint64_t policy = p.stream_weights ? ptx::policy_evict_first() : ptx::policy_evict_unchanged();
   int requested = load_ahead<C>(p, w_map, s, rank, policy);
   if (!p.weights_ready) ptx::grid_dependency_wait();
   StagePosition at;
@@ -79,22 +84,25 @@ __device__ __forceinline__ void produce_weights(const Params& p, const CUtensorM
       if (--requested < 0) {
         ptx::barrier_wait(s.empty + 8 * at.stage, at.phase ^ 1);
         load_weights<C, false>(p, w_map, s.stages + at.stage * C::kStageBytes, s.full + 8 * at.stage, row_tile, step,
-                               policy);
+                               rank, policy);
       }
       at.advance(p.stages);
     }
   }
 }
 
-// Fills the pipeline with tokens.  A thread of its own: the weights of a stage take one about as long to request as they
-// take to arrive, and the tokens of the first stages should not queue behind them.
+// Fills the pipeline with tokens; shared tokens: with the half of this CTA, for both.  A thread of its own: the weights
+// of a stage take one about as long to request as they take to arrive, and the tokens of the first stages should not
+// queue behind them.
 template <class C>
 __device__ __forceinline__ void produce_tokens(const Params& p, const CUtensorMap* x_map, const Shared& s, int rank) {
   const uint64_t policy = ptx::policy_evict_last();
+  const bool halves = C::kShares && p.share == kShareTokens;
+  const int half = halves ? rank * (C::kTokens / 2) : 0;
   ptx::grid_dependency_wait();
   StagePosition at;
   for (Schedule work(p); work.valid(p); work.advance(p)) {
-    const int token = tile_at(p, work.index).token_tile * C::kTokens;
+    const int token = tile_at(p, work.index).token_tile * C::kTokens + half;
     const StepRange range = steps_of(p, work.shared(p), rank);
 #pragma unroll 1
     for (int step = range.first; step < range.last; ++step) {
@@ -102,8 +110,18 @@ __device__ __forceinline__ void produce_tokens(const Params& p, const CUtensorMa
       ptx::barrier_wait(s.empty + 8 * at.stage, at.phase ^ 1);
       ptx::barrier_arrive_expect(full, C::kTokenBytes);
 #pragma unroll
-      for (int k = 0; k < C::kStepK; k += kBoxK)
-        ptx::tensor_load(stage + k * C::kTokens, x_map, step * C::kStepK + k, token, full, policy);
+      for (int k = 0; k < C::kStepK; k += kBoxK) {
+        const uint32_t target = stage + k * C::kTokens + half * kBoxK;
+        if (halves) ptx::tensor_load_pair(target, x_map, step * C::kStepK + k, token, full, policy);
+        else ptx::tensor_load(target, x_map, step * C::kStepK + k, token, full, policy);
+      }
+      at.advance(p.stages);
+    }
+  }
+  // The other CTA of a pair reports the stages it has read to this one, which must not have exited by then.
+  if (C::kShares && p.share != kShareNothing) {
+    for (int i = 0; i < p.stages; ++i) {
+      ptx::barrier_wait(s.empty + 8 * at.stage, at.phase ^ 1);
       at.advance(p.stages);
     }
   }

@@ -9,13 +9,18 @@ struct Tile {
   int row_tile, token_tile;
 };
 
-// Walks `group` token tiles for one row tile, then the next row tile, so that concurrent tiles share operands in L2.
+// Walks `group` token units for one row unit, then the next row unit, so that concurrent tiles share operands in L2.
+// Indices 2i and 2i + 1 are the tiles of a unit that two CTAs compute together.
 __device__ __forceinline__ Tile tile_at(const Params& p, int index) {
-  const int per_group = p.group * p.row_tiles;
-  const int first = index / per_group * p.group;
-  const int width = min(p.group, p.token_tiles - first);
-  const int rest = index % per_group;
-  return {rest / width, first + rest % width};
+  const int unit = p.share == kShareNothing ? index : index / 2;
+  const int per_group = p.group * p.row_units;
+  const int first = unit / per_group * p.group;
+  const int width = min(p.group, p.token_units - first);
+  const int rest = unit % per_group;
+  Tile tile{rest / width, first + rest % width};
+  if (p.share == kShareTokens) tile.row_tile = 2 * tile.row_tile + index % 2;
+  if (p.share == kShareWeights) tile.token_tile = 2 * tile.token_tile + index % 2;
+  return tile;
 }
 
 // The tiles of one CTA: first whole tiles, then tiles whose reduction it shares with its cluster.
@@ -25,7 +30,7 @@ struct Schedule {
   __device__ __forceinline__ explicit Schedule(const Params& p) : index(blockIdx.x) {
     if (shared(p)) enter_shared(p);
   }
-  __device__ __forceinline__ bool valid(const Params& p) const { return index < p.row_tiles * p.token_tiles; }
+  __device__ __forceinline__ bool valid(const Params& p) const { return index < p.tiles; }
   __device__ __forceinline__ bool shared(const Params& p) const { return index >= p.whole_tiles; }
   __device__ __forceinline__ void advance(const Params& p) {
     if (shared(p)) {
@@ -36,7 +41,7 @@ struct Schedule {
     }
   }
   __device__ __forceinline__ bool last(const Params& p) const {
-    return index + p.clusters >= p.row_tiles * p.token_tiles;
+    return index + p.clusters >= p.tiles;
   }
 
  private:
@@ -68,6 +73,7 @@ struct StagePosition {
 
 struct Shared {
   uint32_t stages, exchange, scales, full, empty, received, receive_free;
+  uint32_t release;  // `empty` of this CTA, or of CTA lane % 2 of the cluster
 };
 
 }  // namespace fg::sm90
