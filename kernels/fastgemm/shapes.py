@@ -93,4 +93,18 @@ def edge_cases() -> list[tuple[int, int, int]]:
     cases += [(1, 1040, 256), (8, 272, 768), (16, 528, 1280), (17, 528, 768), (80, 272, 1056), (96, 1040, 2048)]
     cases += [(160, 528, 1056), (192, 400, 512), (256, 272, 1152), (385, 1040, 288)]
     cases += [(3, 4096, 4096), (48, 1024, 8192), (130, 528, 11008), (513, 400, 352), (1000, 112, 64)]
+    # Many whole tiles of an odd number of pieces, each stored soon after the one before.
+    cases += [(257, 8256, 416), (600, 4112, 64)]
+    return cases
+
+
+def shared_operand_cases() -> list[tuple[int, int, int]]:
+    """Sizes (m, n, k) for which pairs of CTAs of the Hopper kernel for W4A8, W8A8 or both load one operand for both.
+
+    The tokens or (W8A8) the weights, in tiles of 64 to 256 tokens, with odd numbers of row and token tiles and tails
+    in M, N and K.
+    """
+    cases = [(97, 8208, 4096), (300, 4096, 4096), (300, 17040, 1056), (513, 4112, 4096), (385, 8208, 2048)]
+    cases += [(300, 2064, 4096), (700, 2064, 4096), (600, 4096, 2048)]
+    cases += [(130, 17040, 544), (200, 17040, 544), (370, 17040, 1056), (512, 8208, 4096), (1000, 2064, 4096)]
     return cases

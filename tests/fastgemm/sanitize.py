@@ -4,8 +4,9 @@
     compute-sanitizer --tool racecheck python tests/fastgemm/sanitize.py 96      # at most 96 tokens: racecheck is slow
     compute-sanitizer --tool memcheck  python tests/fastgemm/sanitize.py 400 97  # 97 to 400 tokens
 
-The sizes make the plan choose each tile (8 to 256 tokens) with and without a split reduction, both lengths of a
-pipeline stage, and tails in M, N and K. Every other call promises that the weights are ready.
+The sizes make the plan choose each tile (8 to 256 tokens) with and without a split reduction, operands that pairs of
+CTAs share, both lengths of a pipeline stage, and tails in M, N and K. Every other call promises that the weights are
+ready.
 """
 
 import sys
@@ -30,6 +31,15 @@ SIZES = [
     (385, 8208, 96),
     (128, 17040, 544),
     (200, 17040, 2048),
+    (60, 17040, 96),
+    (65, 17040, 544),
+    (65, 8208, 2048),
+    (257, 4112, 96),
+    (130, 17040, 544),
+    (200, 17040, 544),
+    (300, 2064, 4096),
+    (385, 17040, 1056),
+    (385, 8208, 2048),
 ]
 
 

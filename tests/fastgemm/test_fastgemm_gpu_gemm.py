@@ -7,7 +7,7 @@ import torch
 import fastgemm
 from fastgemm import reference
 from fastgemm.library import load
-from fastgemm.shapes import edge_cases, model_shapes
+from fastgemm.shapes import edge_cases, model_shapes, shared_operand_cases
 
 pytestmark = pytest.mark.gpu
 
@@ -50,7 +50,7 @@ class Problem:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("m", "n", "k"), edge_cases())
+@pytest.mark.parametrize(("m", "n", "k"), edge_cases() + shared_operand_cases())
 def test_raw_accumulator_is_exact(arch, bits, m, n, k):
     p = Problem(m, n, k, bits, seed=m + n + k)
     y = p.run(arch)
@@ -82,7 +82,9 @@ def test_extreme_values_do_not_overflow(arch, bits, lowest, k, m):
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("out_dtype", OUT_DTYPES)
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 96, 4096), (37, 208, 544), (300, 272, 1024)])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 96, 4096), (37, 208, 544), (300, 272, 1024), (385, 8208, 2048), (200, 17040, 544)]
+)
 def test_scaled_output_matches_the_epilogue_to_the_bit(arch, bits, out_dtype, with_bias, m, n, k):
     p = Problem(m, n, k, bits)
     bias = torch.randn(n, device="cuda").to(out_dtype) if with_bias else None
@@ -137,9 +139,11 @@ def test_writes_all_of_the_output_and_nothing_else(arch, bits, out_dtype, m, n, 
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("m", [1, 64, 500])
-def test_results_repeat_to_the_bit_on_two_streams_at_once(arch, bits, m):
-    problems = [Problem(m, 1024, 2048, bits, seed) for seed in (0, 1)]
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 1024, 2048), (64, 1024, 2048), (500, 1024, 2048), (385, 8208, 2048), (200, 17040, 544)]
+)
+def test_results_repeat_to_the_bit_on_two_streams_at_once(arch, bits, m, n, k):
+    problems = [Problem(m, n, k, bits, seed) for seed in (0, 1)]
     expected = [p.run(arch, None, torch.float16) for p in problems]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in problems]
