@@ -114,7 +114,9 @@ def _gpus() -> tuple[dict, ...]:
 
 
 def _gpu_checks(root: RootConfig, prediction: Prediction) -> list[Check]:
-    needs = root.gemm.bench != "none" or root.device == "cuda"
+    published = root.latency.dummy_weights and root.model.path is None and root.model.name != "tiny"
+    # The cell refuses random weights of a published model on a CPU that nobody asked for.
+    needs = root.gemm.bench != "none" or root.device == "cuda" or (published and root.device == "auto")
     if not _gpus():
         return [Check("GPU", False, "none on this machine; use device=cpu or another machine")] if needs else []
     if not (needs or uses_gpu(root)):

@@ -174,6 +174,13 @@ def test_gpus_and_kernels(cell, monkeypatch, tmp_path):
     assert "kernels" not in _failed(cell("device=cuda", "method=fp16"))
 
 
+def test_random_weights_of_a_published_model_need_a_gpu_or_a_word(cell):
+    root = cell("experiment=table4_latency", "model=llama2-7b", "latency.batch_size=1")
+    assert "none on this machine" in _failed(root)["GPU"]
+    root.device = "cpu"
+    assert "GPU" not in _failed(root)
+
+
 def test_gemm_cells_need_a_gpu_and_no_model(cell, monkeypatch):
     root = cell("experiment=figure7_gemm_kinds")
     assert set(_failed(root)) == {"GPU"}

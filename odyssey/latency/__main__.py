@@ -25,9 +25,12 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         document = _measure(options)
-    except OdysseyError as error:
+    except (OdysseyError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped: what --json has is kept", file=sys.stderr)
+        return 130
     return 0 if any(row["outcome"] == "ok" for row in document["rows"]) else 1
 
 
@@ -71,6 +74,7 @@ def _measure(options: argparse.Namespace) -> dict:
     from odyssey import environment
     from odyssey.errors import ConfigError, UnsupportedError
     from odyssey.latency.ceilings import measure_ceilings
+    from odyssey.latency.cells import refuse_published_on_cpu
     from odyssey.latency.monitor import GpuMonitor
     from odyssey.latency.sweep import Bench, Case, random_entries
     from odyssey.progress import Progress
@@ -87,6 +91,14 @@ def _measure(options: argparse.Namespace) -> dict:
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     dtype = getattr(torch, options.dtype or ("float16" if on_gpu else "float32"))
     configs = {_name(model): _config(model) for model in options.models}
+    for model in options.models:
+        if not (on_gpu or model == "tiny" or Path(model).is_dir()):
+            refuse_published_on_cpu(model, options.device)
+    if options.json:
+        # Before the measurement rather than behind it.
+        if options.json.is_dir():
+            raise ConfigError(f"--json {options.json}: is a directory; name a file")
+        options.json.parent.mkdir(parents=True, exist_ok=True)
     monitor = GpuMonitor(device)
     document = {
         "format": DOCUMENT_FORMAT,

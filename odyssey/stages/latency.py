@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def time_random_weights(cell: Cell) -> None:
     """Times random weights: no checkpoint is read, none is written."""
     from odyssey.engine import DecoderShapes, format_of
-    from odyssey.latency.cells import dummy_config, measure_cell
+    from odyssey.latency.cells import dummy_config, measure_cell, refuse_published_on_cpu
     from odyssey.methods import build_method
 
     config = cell.config
@@ -26,6 +26,8 @@ def time_random_weights(cell: Cell) -> None:
     if config.latency.engine == "vllm":
         _time_vllm(cell, Path(config.model.path).expanduser() if config.model.path else None)
         return
+    if cell.device.type == "cpu" and config.model.path is None and config.model.name != "tiny":
+        refuse_published_on_cpu(name, config.device)
     model_config = dummy_config(config.model.name, config.model.path)
     _check_length(cell, DecoderShapes.from_config(model_config).max_positions, name)
     cell.record["latency"] = measure_cell(

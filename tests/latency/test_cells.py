@@ -16,6 +16,7 @@ from odyssey.config import (
     validate,
 )
 from odyssey.errors import ConfigError
+from odyssey.latency.__main__ import main
 
 SHORT = {"engine": "odyssey", "input_len": 8, "output_len": 4, "warmup": 0, "repeats": 2}
 
@@ -71,6 +72,33 @@ def test_a_model_that_does_not_fit_is_unsupported(tmp_path, monkeypatch):
     record = _run(config)
     assert record["outcome"] == "unsupported"
     assert "there are 1.0 GiB" in record["reason"]
+
+
+def test_a_published_model_is_not_built_on_a_cpu_that_nobody_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("odyssey.latency.cells.measure_ceilings", lambda *_: pytest.fail("it went on"))
+    config = _config(tmp_path, None, latency={"dummy_weights": True}, device="auto")
+    config.model = ModelConfig(name="llama2-7b", hub_id="x/y")
+    record = _run(config)
+    assert record["outcome"] == "unsupported"
+    assert "run it on a GPU, or say device=cpu" in record["reason"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--models", "tiny,llama2-7b"], "llama2-7b: random weights of its size take hours"),
+        (["--models", "tiny", "--json", "."], "--json .: is a directory"),
+        (["--models", "tiny", "--json", "/dev/null/x.json"], "/dev/null"),
+    ],
+)
+def test_the_command_refuses_before_it_measures(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("odyssey.latency.ceilings.measure_ceilings", lambda *_: pytest.fail("it went on"))
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
 
 
 def test_too_long_a_run_is_unsupported(model, tmp_path):
