@@ -25,7 +25,7 @@ from experiments.launchers.settings import LocalSettings, parse_settings  # noqa
 from experiments.sweep import run_job, sweep_exit_code  # noqa: E402
 from odyssey.config import register_schemas  # noqa: E402
 from odyssey.errors import ConfigError  # noqa: E402
-from odyssey.overrides import CommandLine, check_command_line  # noqa: E402
+from odyssey.overrides import CommandLine, check_command_line, check_output_dirs  # noqa: E402
 from odyssey.record import OK  # noqa: E402
 
 CONFIG_DIR = ROOT / "conf"
@@ -56,6 +56,7 @@ def main() -> int:
             can_run = _preflight(command_line, settings)
             if only_print:
                 return 0 if can_run else CELL_FAILED
+        check_output_dirs(command_line.cells)
         run()
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

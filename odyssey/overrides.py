@@ -6,6 +6,7 @@ every job of the sweep is composed and validated first.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +46,19 @@ def check_command_line(arguments: list[str], config_dir: Path) -> CommandLine:
     common = set(jobs[0]).intersection(*jobs) if len(jobs) > 1 else set(jobs[0])
     settings = [" ".join(override for override in job if override not in common) for job in jobs]
     return CommandLine(cells, settings, launcher is not None, launcher or {})
+
+
+def check_output_dirs(cells: list[RootConfig]) -> None:
+    """Make the directories that cells write to. Raises ConfigError for one that cannot be made or written."""
+    for name in dict.fromkeys(cell.output_dir for cell in cells):
+        directory = Path(name).expanduser()
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = f"cannot be made ({error.strerror}: {error.filename})"
+            raise ConfigError(f"output_dir={name}: {reason}; name another directory") from error
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise ConfigError(f"output_dir={name}: cannot be written; name another directory")
 
 
 def _jobs(parsed) -> tuple[list[list[str]], dict | None]:

@@ -78,6 +78,15 @@ def _run(project_root, *arguments, **variables):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("mode", [[], ["-m"]])
+def test_an_output_dir_that_is_a_file_is_one_line(project_root, tmp_path, mode):
+    (tmp_path / "file").touch()
+    done = _run(project_root, *mode, "device=cpu", f"output_dir={tmp_path / 'file' / 'out'}")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: output_dir={tmp_path / 'file' / 'out'}: cannot be made")
+    assert done.stderr.count("\n") == 1
+
+
 TEXT = "The quick brown fox jumps over the lazy dog. " * 60
 
 
