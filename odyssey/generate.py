@@ -64,6 +64,8 @@ def _generate(options: argparse.Namespace) -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UnsupportedError("--device cuda: no CUDA device is visible; use --device cpu")
     on_gpu = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
+    if options.max_new_tokens < 1:
+        raise UnsupportedError(f"--max-new-tokens {options.max_new_tokens}: must be at least 1")
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     tokenizer = load_tokenizer(source)
     prompts = [tokenizer(prompt)["input_ids"] for prompt in options.prompt]

@@ -221,6 +221,8 @@ def load_quantized(
     Raises InvalidCheckpointError or UnsupportedError, naming the file.
     """
     directory, device = Path(directory), torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedError(f"device={device}: no CUDA device is visible; use device=cpu")
     manifest = read_manifest(directory)
     architecture = LlamaFamily.from_directory(directory)
     reader = CheckpointReader(directory)

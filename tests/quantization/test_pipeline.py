@@ -274,6 +274,12 @@ def test_activation_store_round_trip(tmp_path):
         store.close()
 
 
+def test_loading_to_a_gpu_that_is_not_there_is_refused(finished, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UnsupportedError, match="device=cuda: no CUDA device is visible"):
+        odyssey.load_quantized(finished[0], device="cuda")
+
+
 def test_load_errors_name_the_file(finished, tmp_path):
     with pytest.raises(InvalidCheckpointError, match=MANIFEST_NAME):
         odyssey.load_quantized(tmp_path)
