@@ -84,7 +84,10 @@ def _error(message: str) -> int:
 
 
 def _sources(options: argparse.Namespace) -> Sources:
-    return load_sources(options.directories or [RESULTS])
+    sources = load_sources(options.directories or [RESULTS])
+    for line in sources.damaged:
+        print(f"left out: {line}", file=sys.stderr)
+    return sources
 
 
 def _selection(options: argparse.Namespace) -> Selection:

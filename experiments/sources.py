@@ -21,12 +21,13 @@ class SourceError(Exception):
 class Sources:
     """records: of cells, oldest first, each with its own path under "path". gemm: results of fastgemm.bench, likewise.
     end_to_end: results of odyssey.latency, likewise. skipped: "file: reason" for JSON files beside these that are
-    something else."""
+    something else. damaged: "file: what to do" for records that cannot be read."""
 
     records: list[dict] = field(default_factory=list)
     gemm: list[dict] = field(default_factory=list)
     end_to_end: list[dict] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
 
 
 def load_sources(directories: list[Path]) -> Sources:
@@ -42,6 +43,8 @@ def load_sources(directories: list[Path]) -> Sources:
         paths = {path for depth in range(4) for path in directory.glob("*/" * depth + RECORD_NAME)}
         for path in sorted(paths):
             record = read_record(path)
+            if record is None:
+                sources.damaged.append(f"{path}: not a whole record; run its cell again")
             identity = record and (record.get("digest"), record.get("started"), record.get("finished"))
             if record is not None and (None in identity or identity not in seen):
                 seen.add(identity)

@@ -50,6 +50,13 @@ def test_sources_are_found_once(results, tmp_path):
     assert [Path(line.partition(":")[0]).name for line in sources.skipped] == ["plans.json"]
 
 
+def test_a_damaged_record_is_named_and_left_out(results, capsys):
+    path = results / "cpu" / "testbed" / "cell-0" / "record.json"
+    path.write_text(path.read_text()[:100])
+    assert main(["accuracy_tasks", str(results)]) == 0
+    assert f"left out: {path}: not a whole record; run its cell again" in capsys.readouterr().err
+
+
 # Tables of what was measured alone: of nothing they have no rows.
 WITHOUT_PAPER = {"table2_c4", "accuracy_tasks", "end_to_end"}
 
