@@ -165,7 +165,8 @@ def _status(options: argparse.Namespace) -> int:
     directories = options.directories or [Path("outputs")]
     for directory in directories:
         if not directory.is_dir():
-            return _error(f"{directory}: no such directory; run.py writes its cells to output_dir (outputs)")
+            problem = "not a directory" if directory.exists() else "no such directory"
+            return _error(f"{directory}: {problem}; run.py writes its cells to output_dir (outputs)")
     _print(status_table(directories), options.format)
     return 0
 

@@ -47,7 +47,11 @@ def write_report(directory: Path = RESULTS) -> list[Path]:
     sections = [_HEAD, *_accuracy(sources), *_latency(sources, directory, written)]
     if sources.skipped:
         left_out = [Path(line.partition(": ")[0]).name for line in sources.skipped]
-        sections.append(f"Not drawn, as they are no results of `fastgemm.bench`: {', '.join(left_out)}.\n")
+        kinds = "`fastgemm.bench` or `odyssey.latency`"
+        sections.append(f"Not drawn, as they are no results of {kinds}: {', '.join(left_out)}.\n")
+    if sources.damaged:
+        names = [Path(line.partition(": ")[0]).parent.name for line in sources.damaged]
+        sections.append(f"Left out, as their records are not whole (run these cells again): {', '.join(names)}.\n")
     readme = directory / "README.md"
     readme.write_text("\n".join(sections))
     return [readme, *written]

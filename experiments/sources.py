@@ -39,7 +39,8 @@ def load_sources(directories: list[Path]) -> Sources:
     sources, seen = Sources(), set()
     for directory in directories:
         if not directory.is_dir():
-            raise SourceError(f"{directory}: no such directory; name an output directory of run.py or results")
+            problem = "not a directory" if directory.exists() else "no such directory"
+            raise SourceError(f"{directory}: {problem}; name an output directory of run.py or results")
         paths = {path for depth in range(4) for path in directory.glob("*/" * depth + RECORD_NAME)}
         for path in sorted(paths):
             record = read_record(path)

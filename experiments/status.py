@@ -34,7 +34,7 @@ def status_table(directories: list[Path]) -> Table:
     if len(rows) > counts[OK] + counts[NO_RECORD] + counts[RUNNING]:
         notes.append("retry=failed with the sweep's command runs those again that have a record and did not end ok.")
     if counts[NO_RECORD]:
-        notes.append("A cell without a record was killed with its run.py; the same command runs it again.")
+        notes.append("A cell without a whole record was killed with its run.py; the same command runs it again.")
     return Table("status", "Cells", columns, tuple(rows), tuple(notes))
 
 

@@ -79,8 +79,8 @@ class Cell:
         self.record["device"] = str(self.device)
         self.progress = Progress()
         name = model_directory_name(config)
+        self.record["model"] = {"name": name}
         if config.gemm.bench != "none":
-            self.record["model"] = {"name": name}
             self._timed("gemm_s", lambda: time_products(self))
             return
         if config.latency.dummy_weights:

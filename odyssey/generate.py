@@ -54,12 +54,14 @@ def _generate(options: argparse.Namespace) -> None:
     from odyssey.engine import DecoderShapes, Engine, Sampling, load_weights
     from odyssey.engine.memory import predict, require
     from odyssey.engine.weights import checkpoint_format
-    from odyssey.errors import UnsupportedError
+    from odyssey.errors import MissingModelError, UnsupportedError
     from odyssey.models.architecture import LlamaFamily
     from odyssey.models.load import load_tokenizer
     from odyssey.models.source import resolve_model
 
     is_tiny = options.checkpoint == "tiny" and not Path("tiny").is_dir()
+    if not is_tiny and not Path(options.checkpoint).expanduser().is_dir():
+        raise MissingModelError(f"--checkpoint {options.checkpoint}: no such directory; give a checkpoint's, or tiny")
     source = resolve_model("tiny" if is_tiny else "local", path=None if is_tiny else options.checkpoint)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UnsupportedError("--device cuda: no CUDA device is visible; use --device cpu")

@@ -174,6 +174,7 @@ def record_end(
         "config": OmegaConf.to_container(config, resolve=True),
         "environment": {"host": host or socket.gethostname()},
         "timings": {"total_s": (now - started).total_seconds()} if started else {},
+        "model": {"name": directory.parent.name},
         "log_tail": _log_tail(directory / LOG_NAME) or (_log_tail(other_log) if other_log else []),
     }
     write_json(directory / RECORD_NAME, record)

@@ -47,6 +47,13 @@ def test_a_missing_gpu_is_unsupported(tmp_path):
     assert "device=cuda" in record["reason"]
 
 
+def test_a_cell_that_fails_early_has_its_models_name(tmp_path):
+    (tmp_path / "mine").mkdir()
+    record = _run(_config(tmp_path, tmp_path / "mine"))
+    assert record["outcome"] == "invalid-checkpoint"
+    assert record["model"]["name"] == "mine"
+
+
 @pytest.mark.parametrize(
     ("error", "outcome"),
     [(MemoryError(), "oom"), (torch.OutOfMemoryError("CUDA out of memory"), "oom"), (KeyError("x"), "failed")],
@@ -85,6 +92,7 @@ def test_a_killed_cell_is_recorded_and_resumes(tmp_path):
     record = json.loads(path.read_text())
     assert record["outcome"] == "crash"
     assert "SIGKILL" in record["reason"]
+    assert record["model"]["name"] == "model"
     again = run(arguments)
     assert again.returncode == 0, again.stderr
     record = json.loads(path.read_text())

@@ -66,7 +66,8 @@ def _from_file(path: str | None) -> Corpus:
         raise MissingDataError("dataset=file needs a path; give the file's name")
     file = Path(path).expanduser()
     if not file.is_file():
-        raise MissingDataError(f"{path}: no such file; give a text file or JSON lines with a 'text' field")
+        problem = "a directory" if file.is_dir() else "no such file"
+        raise MissingDataError(f"{path}: {problem}; give a text file or JSON lines with a 'text' field")
     try:
         if file.name.endswith(_DOCUMENT_SUFFIXES):
             return Corpus("file", list(_documents(file)), file.name)

@@ -36,9 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m odyssey.latency", description="Time methods end to end.")
-    parser.add_argument("--models", default="llama2-7b", type=_words, help="names or directories (%(default)s)")
+    parser.add_argument("--models", default="llama2-7b", type=_names, help="names or directories (%(default)s)")
     parser.add_argument(
-        "--methods", default="fp16,w8a8,w4a16-g128,w4a8,w4a8-g128", type=_words, help="formats (%(default)s)"
+        "--methods", default="fp16,w8a8,w4a16-g128,w4a8,w4a8-g128", type=_names, help="formats (%(default)s)"
     )
     parser.add_argument("--peers", default="", type=_words, help="transformers-fp16, transformers-compiled-fp16")
     parser.add_argument("--batch-sizes", default="1", type=_numbers, help="(%(default)s)")
@@ -57,15 +57,21 @@ def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
+def _names(text: str) -> list[str]:
+    names = _words(text)
+    if not names:
+        raise argparse.ArgumentTypeError("give at least one name")
+    return names
+
+
 def _number(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
-    return value
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, at least 1")
+    return int(text)
 
 
 def _numbers(text: str) -> list[int]:
-    return [_number(word) for word in _words(text)]
+    return [_number(word) for word in text.split(",")]
 
 
 def _measure(options: argparse.Namespace) -> dict:

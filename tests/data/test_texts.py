@@ -51,6 +51,8 @@ def test_a_bad_line_is_named(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(MissingDataError, match="absent.txt: no such file"):
         load_corpus("file", "train", path=str(tmp_path / "absent.txt"))
+    with pytest.raises(MissingDataError, match="a directory; give a text file"):
+        load_corpus("file", "train", path=str(tmp_path))
 
 
 def test_a_binary_file_is_refused(tmp_path):

@@ -153,7 +153,7 @@ def test_the_command_refuses_what_does_not_fit_before_it_loads(monkeypatch, caps
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--checkpoint", "/nowhere"], "no such directory"),
+        (["--checkpoint", "/nowhere"], "--checkpoint /nowhere: no such directory"),
         (["--checkpoint", "tiny", "--max-new-tokens", "5000"], "the model takes 512"),
         (["--checkpoint", "tiny", "--max-new-tokens", "-3"], "--max-new-tokens -3: must be at least 1"),
         (["--checkpoint", "tiny", "--top-p", "2"], "top_p must be above 0"),

@@ -55,6 +55,8 @@ def test_a_damaged_record_is_named_and_left_out(results, capsys):
     path.write_text(path.read_text()[:100])
     assert main(["accuracy_tasks", str(results)]) == 0
     assert f"left out: {path}: not a whole record; run its cell again" in capsys.readouterr().err
+    assert main(["report", str(results)]) == 0
+    assert "run these cells again): cell-0." in (results / "README.md").read_text()
 
 
 # Tables of what was measured alone: of nothing they have no rows.
@@ -193,6 +195,10 @@ def test_report_is_the_same_again(results):
 def test_missing_directories_are_named(tmp_path, capsys):
     assert main(["table6_ablation", str(tmp_path / "none")]) == 1
     assert "no such directory" in capsys.readouterr().err
+    (tmp_path / "file.json").write_text("{}")
+    for name in ("table6_ablation", "status"):
+        assert main([name, str(tmp_path / "file.json")]) == 1
+        assert "file.json: not a directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -188,3 +188,18 @@ def test_rows_of_a_gpu_have_memory_energy_and_clocks():
         assert row["peak_memory_bytes"] <= row["predicted_memory_bytes"]
         assert row["gpu"]["sm_mhz"]["max"] > 0
         assert row["energy_j_per_token"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch-sizes", "x"], "--batch-sizes: 'x': must be a whole number, at least 1"),
+        (["--batch-sizes", "1,,4"], "--batch-sizes: '': must be a whole number"),
+        (["--models", ""], "--models: give at least one name"),
+    ],
+)
+def test_lists_are_refused_with_the_options_name(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*SMALL, *arguments])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
