@@ -137,7 +137,9 @@ def _print_failures(failed: list[tuple[dict, Path]], cells: int) -> None:
     for record, directory in failed:
         print(f"  {directory.parent.name}/{directory.name}: {record['outcome']}: {record['reason']}")
         for line in record.get("log_tail", [])[-_SHOWN_LOG_LINES:]:
-            print(f"    | {line}")
+            # The cell's last line is often the reason itself.
+            if record["reason"] not in line:
+                print(f"    | {line}")
         print(f"    log: {directory / LOG_NAME}")
     print(f"run only these again: {retry_command()}")
 

@@ -104,3 +104,12 @@ def test_a_sweep_without_any_record(tmp_path, monkeypatch, capsys, retry, code):
     sweep.SweepSummary().on_multirun_end(config)
     assert sweep.sweep_exit_code() == code
     assert ("nothing was run" in capsys.readouterr().out) == (retry == "failed")
+
+
+def test_a_sweeps_summary_gives_the_log_but_the_reason_once(tmp_path, capsys):
+    record = {"outcome": "gated", "reason": "log in first", "log_tail": ["looking for it", "gated: log in first"]}
+    sweep._print_failures([(record, tmp_path / "model" / "cell")], 3)
+    shown = capsys.readouterr().out
+    assert "1 of 3 cells did not end ok" in shown
+    assert "| looking for it" in shown
+    assert shown.count("log in first") == 1
