@@ -10,6 +10,7 @@ ready.
 """
 
 import sys
+import time
 
 import torch
 
@@ -65,8 +66,10 @@ def main() -> int:
     most = int(sys.argv[1]) if len(sys.argv) > 1 else max(m for m, _, _ in SIZES)
     least = int(sys.argv[2]) if len(sys.argv) > 2 else 1
     wrong = []
+    start = time.monotonic()
     for index, (m, n, k) in enumerate(s for s in SIZES if least <= s[0] <= most):
         wrong += [(bits, m, n, k) for bits in (4, 8) if not check(bits, m, n, k, index % 2 == 1)]
+        print(f"{time.monotonic() - start:6.1f} s: {m} tokens, {n} x {k}", flush=True)
     print(f"wrong results: {wrong}" if wrong else "all products exact")
     return 1 if wrong else 0
 

@@ -9,13 +9,13 @@ namespace fg::attention {
 
 constexpr int kCombineVector = 4;  // elements of one head a thread computes
 
-// Elements 4 index .. 4 index + 3 of a token's output; head_vectors = D / 4; the results of kBatch splits are loaded
-// together.
+// Elements 4 index .. 4 index + 3 of a token's output, which are of `head`; head_vectors = D / 4; the results of kBatch
+// splits are loaded together.
 template <typename T, int kBatch>
 __device__ __forceinline__ elementwise::Vec<T, kCombineVector> combine_splits(const float4* partial, const float2* stats,
                                                                               int splits, int num_heads,
-                                                                              int head_vectors, int index) {
-  const int head = index / head_vectors;
+                                                                              int head_vectors, int head,
+                                                                              int index) {
   const int64_t stride = static_cast<int64_t>(num_heads) * head_vectors;
   float maximum = -INFINITY, sum = 0.0f;
   float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -73,7 +73,6 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
   constexpr bool kCluster = std::is_same<Out, int8_t>::value && kKept > 0;
   grid_launch_dependents();
   if constexpr (kCluster) cluster_arrive_relaxed();
-  grid_dependency_wait();
   const int64_t row = blockIdx.y;
   const int head_vectors = head_dim / kCombineVector, vectors = num_heads * head_vectors;
   const int share = (vectors + gridDim.x - 1) / gridDim.x;
@@ -81,9 +80,13 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
   const float4* row_partial = reinterpret_cast<const float4*>(partial) + row * splits * vectors;
   const float2* row_stats = stats + row * splits * num_heads;
   Out* target = out + (row * vectors + begin) * kCombineVector;
+  // Before the wait: a division.
+  const int first_head = (begin + static_cast<int>(threadIdx.x)) / head_vectors;
   const auto fetch = [&](int, int index) {
-    return combine_splits<T, kBatch>(row_partial, row_stats, splits, num_heads, head_vectors, begin + index);
+    const int head = kKept == 1 ? first_head : (begin + index) / head_vectors;
+    return combine_splits<T, kBatch>(row_partial, row_stats, splits, num_heads, head_vectors, head, begin + index);
   };
+  grid_dependency_wait();
   const auto finish = [](const Vec<T, kCombineVector>& y) { return y; };
   if constexpr (std::is_same<Out, int8_t>::value)
     quantize_row<T, kCombineVector, kKept, kCluster>(fetch, finish, count, target, scale + row);

@@ -83,6 +83,13 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
+// Of a grid with one dimension.
+__device__ __forceinline__ int cluster_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+  return index;
+}
+
 // Enough for barriers initialised before (fence_barrier_init), not for other memory.
 __device__ __forceinline__ void cluster_arrive_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");

@@ -46,11 +46,11 @@ __global__ void __launch_bounds__(512, 1)
     silu_mul_quant_cluster(const T* gate_up, int8_t* q, float* scale, int64_t i) {
   grid_launch_dependents();
   cluster_arrive_relaxed();
-  grid_dependency_wait();
   const int64_t row = blockIdx.y;
   const int vectors = static_cast<int>(i / V);
-  const int share = (vectors + gridDim.x - 1) / gridDim.x;
+  const int share = (vectors + kClusterBlocks - 1) / kClusterBlocks;
   const int begin = min(vectors, static_cast<int>(blockIdx.x) * share);
+  grid_dependency_wait();
   const T* gate = gate_up + row * 2 * i + begin * V;
   const T* up = gate + i;
   quantize_row<T, V, kKept, true>([&](int, int index) { return load_pair<T, V>(gate, up, index); },

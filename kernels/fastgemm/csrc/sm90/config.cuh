@@ -34,9 +34,10 @@ struct Config {
   static constexpr bool kShares = kTokens >= 64;
   static constexpr bool kSharesWeights = kShares && !kInt4;
 
-  // Few tokens: the multiprocessor's clock cycles between two stages that are loaded ahead.
-  static constexpr bool kPaced = kTokens <= 64;
-  static constexpr int64_t kPaceCycles = kWeightBytes * 1200 / 16384;
+  // Few tokens, always one tile of them: weights and tokens of a stage arrive at barriers of their own, so that the loads
+  // of weights that run ahead of the preceding kernel can be kept to kAheadStages in flight.
+  static constexpr bool kFewTokens = kTokens <= 32;
+  static constexpr int kAheadStages = 49152 / kWeightBytes;
 
   // Of weights that a CTA brings into L2 while the preceding kernel runs.  With many tokens the weights are a smaller
   // part of what it loads, and the prefetches delay the first stages.
@@ -50,6 +51,7 @@ struct Config {
   // Split-K: each thread's accumulators are cut into pieces of 8 tokens x (row g, row g + 8) = 4 registers.
   static constexpr int kPieces = kTokens / 8;
   static constexpr bool kThirds = kPieces <= 4;  // clusters of three exist: their shares are whole pieces
+  static constexpr bool kOnePieceShares = kPieces <= 2;  // no CTA owns more than one piece
 };
 
 // Pieces whose sum over the cluster one CTA computes and stores.
@@ -89,7 +91,7 @@ __host__ __device__ constexpr SharedLayout shared_layout(int stages, int split, 
   l.exchange = stages * C::kStageBytes;
   l.scales = l.exchange + (staging > receive ? staging : receive);
   l.barriers = l.scales + C::kWarpgroups * C::kTokens * 4;
-  l.total = l.barriers + (2 * kMaxStages + 2) * 8 + 1024;
+  l.total = l.barriers + ((C::kFewTokens ? 3 : 2) * kMaxStages + 2) * 8 + 1024;
   return l;
 }
 
@@ -117,6 +119,7 @@ struct Params {
   int tiles;             // of all units
   int whole_tiles;       // tiles before this index are computed by one CTA each, the rest by a cluster each
   int split;             // CTAs that share the reduction of a tile
+  int share_steps[9];    // the steps of CTA r of a cluster are share_steps[r] .. share_steps[r + 1] - 1
   int clusters;          // of the grid
   int stages;
   int out_dtype;

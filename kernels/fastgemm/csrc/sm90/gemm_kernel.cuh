@@ -16,6 +16,14 @@ namespace fg::sm90 {
 template <int kValue>
 using Split = std::integral_constant<int, kValue>;
 
+// A receiver of partial sums tells the other CTAs of the cluster that this warp has read its exchange area.
+template <class C>
+__device__ __forceinline__ void report_free(const Params& p, const Shared& s, int rank, int lane) {
+  __syncwarp();
+  if (rank * pieces_per_owner<C>(p.split) < C::kPieces && lane < p.split && lane != rank)
+    ptx::barrier_arrive_remote(ptx::remote_address(s.receive_free, lane));
+}
+
 // Adds up the partial sums of the kSplit CTAs of a cluster and stores the result: CTA `rank` owns the pieces from
 // rank * kShare on.  Integer sums are exact, so the result does not depend on the order.
 template <class C, int kSplit>
@@ -67,11 +75,39 @@ __device__ __forceinline__ void reduce_and_store(const int (&acc)[C::kTokens / 2
       for (int e = 0; e < 8; ++e) ptx::wgmma_pin(sum[i - e / 4][e % 4]);
     }
   }
-  __syncwarp();
-  if (!last_tile && rank * kShare < C::kPieces && lane < kSplit && lane != rank)
-    ptx::barrier_arrive_remote(ptx::remote_address(s.receive_free, lane));
+  if (!last_tile) report_free<C>(p, s, rank, lane);
   const int local = 8 * rank * kShare;
   if (local < C::kTokens) store_pieces<C, kShare>(p, sum, factors, scales + local * 4, row, token + local);
+}
+
+// The same for tiles of at most two pieces, any number of CTAs and without the store: every piece has an owner of its own,
+// which keeps its sum in acc.  Little code for the instruction cache, which a chain of small kernels fills.
+template <class C>
+__device__ __forceinline__ void reduce_one_piece(int (&acc)[C::kTokens / 2], const Params& p, const Shared& s, int rank,
+                                                 uint32_t parity, bool last_tile, int lane) {
+  constexpr int kPieceBytes = C::kConsumerThreads * 16;
+  const uint32_t thread_slot = s.exchange + opaque(threadIdx.x) * 16;
+#pragma unroll
+  for (int q = 0; q < C::kPieces; ++q) {
+    if (q == rank) continue;
+    const uint32_t slot = ptx::remote_address(thread_slot + (rank - (rank > q)) * kPieceBytes, q);
+    ptx::store_remote_16(slot, ptx::remote_address(s.received, q), &acc[4 * q]);
+  }
+  if (rank >= C::kPieces) return;
+  ptx::barrier_wait(s.received, parity);
+#pragma unroll 1
+  for (int source = 0; source < p.split - 1; ++source) {
+    const uint4 part = ptx::load_shared_16(thread_slot + source * kPieceBytes);
+#pragma unroll
+    for (int q = 0; q < C::kPieces; ++q) {
+      if (q != rank) continue;
+      acc[4 * q] += static_cast<int>(part.x);
+      acc[4 * q + 1] += static_cast<int>(part.y);
+      acc[4 * q + 2] += static_cast<int>(part.z);
+      acc[4 * q + 3] += static_cast<int>(part.w);
+    }
+  }
+  if (!last_tile) report_free<C>(p, s, rank, lane);
 }
 
 template <class C>
@@ -82,11 +118,13 @@ __device__ __forceinline__ void consume(const Params& p, const CUtensorMap* out_
   const uint32_t staging = s.exchange + group * 2 * C::kStoreBytes;
   StagePosition at;
   int shared_tiles = 0;
+  Schedule work(p);
+  if (p.split > 1) ptx::cluster_wait();
   ptx::grid_dependency_wait();
   // Not earlier: whoever starts now can rely on everything before the preceding kernel being finished.
   ptx::grid_launch_dependents();
-  for (Schedule work(p); work.valid(p); work.advance(p)) {
-    const Tile tile = tile_at(p, work.index);
+  for (; work.valid(p); work.advance(p)) {
+    const Tile tile = tile_at<C>(p, work.index);
     const int block_row = tile.row_tile * C::kRows + group * 64;
     const int row = block_row + 16 * warp;
     const int token = tile.token_tile * C::kTokens;
@@ -100,21 +138,21 @@ __device__ __forceinline__ void consume(const Params& p, const CUtensorMap* out_
       const int local = 128 * i + static_cast<int>(threadIdx.x % 128);
       x_scale[i] = p.out_dtype == FG_I32 ? 0.f : __ldg(p.x_scale + min(token + local, p.m - 1));
     }
-    if (work.shared(p) && shared_tiles == 0 && p.split > 1) {
-      // From here on the exchange area belongs to the cluster: earlier tensor stores must have read it.
-      if (p.whole_tiles > 0) {
+    if constexpr (C::kTensorStore) {
+      if (work.shared(p) && shared_tiles == 0 && p.whole_tiles > 0) {
+        // From here on the exchange area belongs to the cluster: earlier tensor stores must have read it.
         if (threadIdx.x % 128 == 0) ptx::bulk_wait_read<0>();
-        __syncwarp();
-        ptx::cluster_arrive();
-      } else {
-        ptx::cluster_arrive_relaxed();
+        ptx::named_barrier_sync(group_barrier, 128);
+        report_free<C>(p, s, rank, lane);
       }
     }
     if (work.shared(p) && threadIdx.x == 0) ptx::barrier_arrive_expect(s.received, receive_bytes<C>(p.split, rank));
 
     int acc[C::kTokens / 2];
-    if constexpr (C::kInt4) multiply_int4<C>(acc, p, s, at, range.last - range.first, group, lane);
-    else multiply_int8<C>(acc, p, s, at, range.last - range.first, group, lane);
+    const int steps = range.last - range.first;
+    if constexpr (C::kInt4 && C::kFewTokens) multiply_int4_few<C>(acc, p, s, at, steps, group, lane);
+    else if constexpr (C::kInt4) multiply_int4<C>(acc, p, s, at, steps, group, lane);
+    else multiply_int8<C>(acc, p, s, at, steps, group, lane);
 
 #pragma unroll
     for (int i = 0; i < kScaleLoads; ++i) {
@@ -123,10 +161,25 @@ __device__ __forceinline__ void consume(const Params& p, const CUtensorMap* out_
     }
     ptx::named_barrier_sync(group_barrier, 128);
     const uint32_t scales = opaque(group_scales);
-    if (work.shared(p)) {
+    if constexpr (C::kOnePieceShares) {
+      if (work.shared(p)) {
+        const uint32_t parity = shared_tiles % 2;
+        if (shared_tiles > 0 && receivers<C>(p.split, rank) > 0)
+          ptx::barrier_wait_cluster(s.receive_free, parity ^ 1);
+        reduce_one_piece<C>(acc, p, s, rank, parity, work.last(p), lane);
+        ++shared_tiles;
+      }
+#pragma unroll
+      for (int q = 0; q < C::kPieces; ++q) {
+        if (!work.shared(p) || q == rank)
+          store_pieces<C, 1>(p, reinterpret_cast<const int(&)[1][4]>(acc[4 * q]), factors, scales + 8 * q * 4, row,
+                             token + 8 * q);
+      }
+    } else if (work.shared(p)) {
       const uint32_t parity = shared_tiles % 2;
-      if (shared_tiles == 0) ptx::cluster_wait();
-      else if (receivers<C>(p.split, rank) > 0) ptx::barrier_wait_cluster(s.receive_free, parity ^ 1);
+      const int reports = shared_tiles + (C::kTensorStore && p.whole_tiles > 0);  // of each receiver, by now
+      if (reports > 0 && receivers<C>(p.split, rank) > 0)
+        ptx::barrier_wait_cluster(s.receive_free, (reports - 1) % 2);
       const bool last = work.last(p);
       const auto reduce = [&](auto split) {
         reduce_and_store<C, decltype(split)::value>(acc, p, s, factors, scales, row, token, rank, parity, last, lane);
@@ -155,10 +208,6 @@ __device__ __forceinline__ void consume(const Params& p, const CUtensorMap* out_
     // The next tile overwrites the scales.
     ptx::named_barrier_sync(group_barrier, 128);
   }
-  if (p.split > 1 && shared_tiles == 0) {
-    ptx::cluster_arrive_relaxed();
-    ptx::cluster_wait();
-  }
   if (C::kTensorStore && threadIdx.x % 128 == 0) ptx::bulk_wait_read<0>();
 }
 
@@ -177,6 +226,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
            base + layout.barriers + 8 * kMaxStages,
            base + layout.barriers + 16 * kMaxStages,
            base + layout.barriers + 16 * kMaxStages + 8,
+           base + layout.barriers + (C::kFewTokens ? 16 * kMaxStages + 16 : 0),
            base + layout.barriers + 8 * kMaxStages};
   const bool shares = C::kShares && p.share != kShareNothing;
   const int rank = p.split > 1 || shares ? static_cast<int>(ptx::cluster_rank()) : 0;
@@ -185,7 +235,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     ptx::prefetch_tensor_map(&x_map);
     if (!C::kInt4) ptx::prefetch_tensor_map(&w_map);
     for (int i = 0; i < p.stages; ++i) {
-      ptx::barrier_init(s.full + 8 * i, 2);
+      ptx::barrier_init(s.full + 8 * i, C::kFewTokens ? 1 : 2);
+      if (C::kFewTokens) ptx::barrier_init(s.full_tokens + 8 * i, 1);
       ptx::barrier_init(s.empty + 8 * i, shares ? 2 * C::kConsumerWarps : C::kConsumerWarps);
     }
     ptx::barrier_init(s.received, 1);
@@ -193,6 +244,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     ptx::fence_barrier_init();
   }
   __syncthreads();
+  // Whoever writes to another CTA of the cluster waits for this.  All threads arrive, and at once: under
+  // compute-sanitizer a thread that arrives may be held until all have.
+  if (p.split > 1) ptx::cluster_arrive_relaxed();
   if (shares) {
     // Both have initialised their barriers before either loads into the other or reports to it.
     s.release = ptx::remote_address(s.empty, threadIdx.x % 2);
@@ -203,7 +257,6 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   // One consumer warpgroup: the registers suffice as they are.
   if (threadIdx.x >= C::kConsumerThreads) {
     if constexpr (C::kWarpgroups > 1) ptx::registers_decrease<40>();
-    if (p.split > 1) ptx::cluster_arrive_relaxed();
     if (threadIdx.x == C::kConsumerThreads) produce_weights<C>(p, &w_map, s, rank);
     else if (threadIdx.x == C::kConsumerThreads + 32) produce_tokens<C>(p, &x_map, s, rank);
     __syncwarp();

@@ -97,6 +97,7 @@ int launch(const GemmArgs& a, const Plan& plan) {
   const int64_t wave = static_cast<int64_t>(clusters) * cluster;
   p.tiles = static_cast<int>(tiles);
   p.split = split;
+  for (int rank = 0; rank <= split; ++rank) p.share_steps[rank] = k_steps * rank / split;
   p.whole_tiles = static_cast<int>(split == 1 ? tiles : tiles / wave * wave);
   const int64_t grid = tiles * split < wave ? tiles * split : wave;
   p.clusters = static_cast<int>(grid / cluster);

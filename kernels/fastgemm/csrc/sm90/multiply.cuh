@@ -25,6 +25,12 @@ __device__ __forceinline__ void pin(int (&acc)[C::kTokens / 2]) {
   for (int i = 0; i < C::kTokens / 2; ++i) ptx::wgmma_pin(acc[i]);
 }
 
+// Tokens of a stage, where they have barriers of their own.
+template <class C>
+__device__ __forceinline__ void wait_for_tokens(const Shared& s, const StagePosition& at) {
+  if constexpr (C::kFewTokens) ptx::barrier_wait(s.full_tokens + 8 * at.stage, at.phase);
+}
+
 // Packed words of one stage -> registers: one 16-byte load per 64 reduction elements.
 template <class C>
 __device__ __forceinline__ void load_packed(uint4 (&raw)[C::kStepK / 64], uint32_t address) {
@@ -87,6 +93,59 @@ __device__ __forceinline__ void multiply_int4(int (&acc)[C::kTokens / 2], const 
   release_stage<C>(p, s, previous, lane);
 }
 
+// int4, few tokens: one group of wgmma a stage, because with few tokens its latency is most of the time; the fragments of
+// a stage are built while the tensor cores work on the last one.
+template <class C>
+__device__ __forceinline__ void multiply_int4_few(int (&acc)[C::kTokens / 2], const Params& p, const Shared& s,
+                                                  StagePosition& at, int steps, int group, int lane) {
+  constexpr int kParts = C::kStepK / 64;
+  const uint32_t thread_weights =
+      s.stages + C::kTokenBytes + group * (64 * C::kStepK / 2) + threadIdx.x % 128 * 16;
+  uint4 raw[kParts];
+  uint32_t fragment[2][kParts][2][4];
+  ptx::barrier_wait(s.full + 8 * at.stage, at.phase);
+  load_packed<C>(raw, thread_weights + at.stage * C::kStageBytes);
+  int previous = 0;
+  const auto multiply = [&](uint32_t (&a)[kParts][2][4], int step) {
+    const uint64_t tokens = ptx::swizzled_descriptor(s.stages + at.stage * C::kStageBytes);
+    const int current = at.stage;
+#pragma unroll
+    for (int h = 0; h < kParts; ++h) {
+      unpack(a[h], raw[h]);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) ptx::wgmma_pin(a[h][i / 4][i % 4]);
+    }
+    wait_for_tokens<C>(s, at);
+    pin<C>(acc);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int h = 0; h < kParts; ++h) {
+      const uint64_t columns = tokens + h / 2 * (C::kTokens * kBoxK / 16) + 4 * (h % 2);
+#pragma unroll
+      for (int kk = 0; kk < 2; ++kk) ptx::Wgmma<C::kTokens>::rs(acc, a[h][kk], columns + 2 * kk, step | h | kk);
+    }
+    ptx::wgmma_commit();
+    at.advance(p.stages);
+    if (step + 1 < steps) {
+      ptx::barrier_wait(s.full + 8 * at.stage, at.phase);
+      load_packed<C>(raw, thread_weights + at.stage * C::kStageBytes);
+    }
+    ptx::wgmma_wait<1>();
+    if (step > 0) release_stage<C>(p, s, previous, lane);
+    previous = current;
+  };
+#pragma unroll 1
+  for (int step = 0;; ++step) {
+    multiply(fragment[0], step);
+    if (++step == steps) break;
+    multiply(fragment[1], step);
+    if (step + 1 == steps) break;
+  }
+  ptx::wgmma_wait<0>();
+  pin<C>(acc);
+  release_stage<C>(p, s, previous, lane);
+}
+
 template <class C>
 __device__ __forceinline__ void multiply_int8(int (&acc)[C::kTokens / 2], const Params& p, const Shared& s,
                                               StagePosition& at, int steps, int group, int lane) {
@@ -94,6 +153,7 @@ __device__ __forceinline__ void multiply_int8(int (&acc)[C::kTokens / 2], const 
   int previous = 0;
   for (int step = 0; step < steps; ++step) {
     ptx::barrier_wait(s.full + 8 * at.stage, at.phase);
+    wait_for_tokens<C>(s, at);
     const uint32_t base = s.stages + at.stage * C::kStageBytes;
     const uint64_t tokens = ptx::swizzled_descriptor(base);
     const uint64_t weights = ptx::swizzled_descriptor(base + C::kTokenBytes + group * 64 * kBoxK);

@@ -43,22 +43,19 @@ __device__ __forceinline__ void load_weights(const Params& p, const CUtensorMap*
 }
 
 // While the preceding kernel may still run, brings the weights of the first stages into L2, or into the stages where
-// it is known not to write them: at the pace of the device memory, because the preceding kernel's few accesses would queue
-// behind a burst of loads.  Returns how many stages are on their way.
+// it is known not to write them: few at a time, because the preceding kernel's few accesses would queue behind a burst
+// of loads.  Returns how many stages are on their way.
 template <class C>
 __device__ __forceinline__ int load_ahead(const Params& p, const CUtensorMap* w_map, const Shared& s, int rank,
                                           uint64_t policy) {
   int count = 0;
-  const int64_t start = clock64();
   for (Schedule work(p); work.valid(p) && count < p.ahead_steps; work.advance(p)) {
-    const Tile tile = tile_at(p, work.index);
+    const Tile tile = tile_at<C>(p, work.index);
     const StepRange range = steps_of(p, work.shared(p), rank);
 #pragma unroll 1
     for (int step = range.first; step < range.last && count < p.ahead_steps; ++step, ++count) {
-      if (C::kPaced && p.weights_ready) {
-        while (clock64() - start < (count - 1) * C::kPaceCycles) {
-        }
-      }
+      if (C::kFewTokens && p.weights_ready && count >= C::kAheadStages)
+        ptx::barrier_wait(s.full + 8 * (count - C::kAheadStages), 0);
       if (p.weights_ready)
         load_weights<C, false>(p, w_map, s.stages + count * C::kStageBytes, s.full + 8 * count, tile.row_tile, step,
                                rank, policy);
@@ -77,7 +74,7 @@ __device__ __forceinline__ void produce_weights(const Params& p, const CUtensorM
   if (!p.weights_ready) ptx::grid_dependency_wait();
   StagePosition at;
   for (Schedule work(p); work.valid(p); work.advance(p)) {
-    const int row_tile = tile_at(p, work.index).row_tile;
+    const int row_tile = tile_at<C>(p, work.index).row_tile;
     const StepRange range = steps_of(p, work.shared(p), rank);
 #pragma unroll 1
     for (int step = range.first; step < range.last; ++step) {
@@ -99,14 +96,15 @@ __device__ __forceinline__ void produce_tokens(const Params& p, const CUtensorMa
   const uint64_t policy = ptx::policy_evict_last();
   const bool halves = C::kShares && p.share == kShareTokens;
   const int half = halves ? rank * (C::kTokens / 2) : 0;
+  Schedule work(p);
   ptx::grid_dependency_wait();
   StagePosition at;
-  for (Schedule work(p); work.valid(p); work.advance(p)) {
-    const int token = tile_at(p, work.index).token_tile * C::kTokens + half;
+  for (; work.valid(p); work.advance(p)) {
+    const int token = tile_at<C>(p, work.index).token_tile * C::kTokens + half;
     const StepRange range = steps_of(p, work.shared(p), rank);
 #pragma unroll 1
     for (int step = range.first; step < range.last; ++step) {
-      const uint32_t full = s.full + 8 * at.stage, stage = s.stages + at.stage * C::kStageBytes;
+      const uint32_t full = s.full_tokens + 8 * at.stage, stage = s.stages + at.stage * C::kStageBytes;
       ptx::barrier_wait(s.empty + 8 * at.stage, at.phase ^ 1);
       ptx::barrier_arrive_expect(full, C::kTokenBytes);
 #pragma unroll

@@ -1,6 +1,7 @@
 // Which tiles and which steps of their reduction a CTA computes, and where its pipeline lies.
 #pragma once
 
+#include "../common/ptx_barrier.cuh"
 #include "config.cuh"
 
 namespace fg::sm90 {
@@ -11,7 +12,10 @@ struct Tile {
 
 // Walks `group` token units for one row unit, then the next row unit, so that concurrent tiles share operands in L2.
 // Indices 2i and 2i + 1 are the tiles of a unit that two CTAs compute together.
+template <class C>
 __device__ __forceinline__ Tile tile_at(const Params& p, int index) {
+  // Divisions take long enough to be seen between two kernels.
+  if constexpr (C::kFewTokens) return Tile{index, 0};
   const int unit = p.share == kShareNothing ? index : index / 2;
   const int per_group = p.group * p.row_units;
   const int first = unit / per_group * p.group;
@@ -46,7 +50,7 @@ struct Schedule {
 
  private:
   __device__ __forceinline__ void enter_shared(const Params& p) {
-    index = p.whole_tiles + (blockIdx.x / p.split);
+    index = p.whole_tiles + ptx::cluster_index();
   }
 };
 
@@ -57,7 +61,7 @@ struct StepRange {
 
 __device__ __forceinline__ StepRange steps_of(const Params& p, bool shared, int rank) {
   if (!shared) return {0, p.k_steps};
-  return {p.k_steps * rank / p.split, p.k_steps * (rank + 1) / p.split};
+  return {p.share_steps[rank], p.share_steps[rank + 1]};
 }
 
 struct StagePosition {
@@ -72,7 +76,9 @@ struct StagePosition {
 };
 
 struct Shared {
-  uint32_t stages, exchange, scales, full, empty, received, receive_free;
+  uint32_t stages, exchange, scales;
+  uint32_t full, empty, received, receive_free;  // full: of a stage, or with kFewTokens of its weights
+  uint32_t full_tokens;                          // the same as `full`, or with kFewTokens of a stage's tokens
   uint32_t release;  // `empty` of this CTA, or of CTA lane % 2 of the cluster
 };
 
