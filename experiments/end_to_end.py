@@ -19,6 +19,7 @@ INPUT_LEN, OUTPUT_LEN = 1024, 128
 # The number format of the paper's method, and the name that tables give it.
 FORMAT, METHOD = "w4a8", "odyssey"
 BASELINE = "fp16"
+COMPARED = (BASELINE, "w8a8", FORMAT)
 # Our format beside which the paper's ratios stand here: the same bit widths, in our engine.
 SAME_FORMAT = {"trtllm-fp16": BASELINE, "trtllm-w8a8": "w8a8"}
 
@@ -44,7 +45,7 @@ class Timed:
 def timed_rows(documents: Iterable[dict], records: Iterable[dict] = ()) -> list[Timed]:
     """Every row of the paper's lengths, one for each model, batch size, method and GPU.
 
-    Of several, one that did not fail counts, of the run in which most methods took turns, since ratios need both of
+    Of several, one that did not fail counts, of the run in which most of COMPARED took turns, since ratios need both of
     their methods in one run; among equals that of the commit that was run last.
     """
     found: list[Timed] = []
@@ -55,7 +56,8 @@ def timed_rows(documents: Iterable[dict], records: Iterable[dict] = ()) -> list[
         commit = short_commit(environment.get("git_commit"))
         rows = [row for row in content["rows"] if (row["input_len"], row["output_len"]) == (INPUT_LEN, OUTPUT_LEN)]
         found += [Timed(row, device, commit, run) for row in rows]
-    together = Counter((timed.run, *timed.key[:2]) for timed in found if timed.ok)
+    compared = [timed for timed in found if timed.ok and timed.key[2] in COMPARED]
+    together = Counter((timed.run, *timed.key[:2]) for timed in compared)
     last = {timed.commit: order for order, timed in enumerate(found)}
     found.sort(key=lambda timed: (timed.ok, together[timed.run, *timed.key[:2]], last[timed.commit]))
     return sorted({(timed.device, *timed.key): timed for timed in found}.values(), key=_rank)

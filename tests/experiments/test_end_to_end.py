@@ -85,23 +85,28 @@ def test_ratios_never_mix_runs_or_gpus():
 
 
 def test_of_equal_runs_the_last_commits_counts_but_not_its_failures():
-    new = [
-        row("w4a8", 240.0),
-        row("w8a8", 480.0),
-        row("transformers-fp16", 3900.0),
-        row("vllm-fp16", 700.0),
-        failed("fp16"),
-    ]
+    new = [row("w4a8", 240.0), row("w8a8", 480.0), row("fp16", 790.0), failed("transformers-fp16")]
     later = document(new, path="h100/b.json", started="2026-02-01T00:00:00", commit="0123456789")
     rows = {timed.key[2]: timed for timed in timed_rows([later, RUN]) if timed.key[1] == 1}
     assert rows["w4a8"].row["total_ms"] == 240.0
-    assert (rows["fp16"].row["total_ms"], rows["fp16"].run) == (800.0, "h100/a.json")
+    transformers = rows["transformers-fp16"]
+    assert (transformers.row["total_ms"], transformers.run) == (4000.0, "h100/a.json")
 
 
 def test_a_later_run_of_fewer_methods_does_not_count():
     later = document([row("w4a8", 240.0)], path="h100/b.json", started="2026-02-01T00:00:00", commit="0123456789")
     rows = {timed.key[2]: timed.run for timed in timed_rows([later, RUN]) if timed.key[1] == 1}
     assert set(rows.values()) == {"h100/a.json"}
+
+
+def test_a_later_run_without_other_formats_counts_for_what_it_has():
+    first = document([row(method, 800.0) for method in ("fp16", "w8a8", "w4a16-g128", "w4a8")], path="h100/a.json")
+    later = document(
+        [row("fp16", 790.0), row("w8a8", 390.0), row("w4a8", 240.0)],
+        path="h100/b.json", started="2026-02-01T00:00:00", commit="0123456789",
+    )  # fmt: skip
+    runs = {timed.key[2]: timed.run for timed in timed_rows([later, first])}
+    assert runs == dict.fromkeys(("fp16", "w8a8", "w4a8"), "h100/b.json") | {"w4a16-g128": "h100/a.json"}
 
 
 def test_of_one_commits_runs_the_one_with_most_methods_counts():
