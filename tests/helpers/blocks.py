@@ -97,9 +97,7 @@ def install(block: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
 
 
 @torch.no_grad()
-def layer_inputs(
-    block: nn.Module, calibration: BlockCalibration, names, inputs=None
-) -> dict[str, torch.Tensor]:
+def layer_inputs(block: nn.Module, calibration: BlockCalibration, names, inputs=None) -> dict[str, torch.Tensor]:
     """Inputs [tokens, in_features] of the named layers, all samples, by hooks written for the tests alone."""
     rows: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     handles = [
