@@ -95,6 +95,9 @@ def edge_cases() -> list[tuple[int, int, int]]:
     cases += [(3, 4096, 4096), (48, 1024, 8192), (130, 528, 11008), (513, 400, 352), (1000, 112, 64)]
     # Many whole tiles of an odd number of pieces, each stored soon after the one before.
     cases += [(257, 8256, 416), (600, 4112, 64)]
+    # Clusters that share the reductions of several tiles one after the other, alone and after whole tiles; and of one
+    # after whole tiles that leave through the memory of the exchange.
+    cases += [(1, 9232, 4096), (1, 25616, 4096), (65, 17040, 544), (200, 17040, 2048)]
     return cases
 
 
