@@ -116,6 +116,7 @@ __device__ __forceinline__ void consume(const Params& p, const CUtensorMap* out_
   const int group_barrier = 1 + group;
   const uint32_t group_scales = s.scales + group * C::kTokens * 4;
   const uint32_t staging = s.exchange + group * 2 * C::kStoreBytes;
+  static_assert(C::kOnePieceShares != C::kTensorStore, "each tile has one way to its store");
   StagePosition at;
   int shared_tiles = 0;
   Schedule work(p);
@@ -177,7 +178,7 @@ __device__ __forceinline__ void consume(const Params& p, const CUtensorMap* out_
       }
     } else if (work.shared(p)) {
       const uint32_t parity = shared_tiles % 2;
-      const int reports = shared_tiles + (C::kTensorStore && p.whole_tiles > 0);  // of each receiver, by now
+      const int reports = shared_tiles + (p.whole_tiles > 0);  // of each receiver, by now
       if (reports > 0 && receivers<C>(p.split, rank) > 0)
         ptx::barrier_wait_cluster(s.receive_free, (reports - 1) % 2);
       const bool last = work.last(p);
@@ -194,16 +195,13 @@ __device__ __forceinline__ void consume(const Params& p, const CUtensorMap* out_
         reduce(Split<8>{});
       }
       ++shared_tiles;
-    } else if constexpr (C::kTensorStore) {
+    } else {
       if (p.out_dtype == FG_F16)
         store_tensor<C, FG_F16>(p, out_map, acc, factors, scales, staging, block_row, token, group_barrier);
       else if (p.out_dtype == FG_BF16)
         store_tensor<C, FG_BF16>(p, out_map, acc, factors, scales, staging, block_row, token, group_barrier);
       else
         store_tensor<C, FG_F32>(p, out_map, acc, factors, scales, staging, block_row, token, group_barrier);
-    } else {
-      store_pieces<C, C::kTokens / 8>(p, reinterpret_cast<const int(&)[C::kTokens / 8][4]>(acc), factors, scales, row,
-                                      token);
     }
     // The next tile overwrites the scales.
     ptx::named_barrier_sync(group_barrier, 128);
