@@ -58,7 +58,9 @@ def rope_append(qkv, cos_sin, positions, rows, k_cache, v_cache, num_heads):
     return _rope_and_store(qkv.contiguous(), cos_sin, positions.long(), rows.long(), k_cache, v_cache, num_heads)
 
 
-def decode_attention(qkv, cos_sin, lengths, k_cache, v_cache, num_heads, softmax_scale=None, window=None):
+def decode_attention(
+    qkv, cos_sin, lengths, k_cache, v_cache, num_heads, softmax_scale=None, window=None, cache_ready=False
+):
     """CPU implementation of `fastgemm::decode_attention`."""
     shape = check_decode_attention(qkv, cos_sin, lengths, k_cache, v_cache, num_heads, softmax_scale, window)
     _require_range("lengths", lengths, shape.max_len)
@@ -75,7 +77,9 @@ def decode_attention(qkv, cos_sin, lengths, k_cache, v_cache, num_heads, softmax
     return out
 
 
-def decode_attention_quant(qkv, cos_sin, lengths, k_cache, v_cache, num_heads, softmax_scale=None, window=None):
+def decode_attention_quant(
+    qkv, cos_sin, lengths, k_cache, v_cache, num_heads, softmax_scale=None, window=None, cache_ready=False
+):
     """CPU implementation of `fastgemm::decode_attention_quant`."""
     return quantize_per_token(
         decode_attention(qkv, cos_sin, lengths, k_cache, v_cache, num_heads, softmax_scale, window)

@@ -95,7 +95,9 @@ def rope_append(qkv, cos_sin, positions, rows, k_cache, v_cache, num_heads):
     return q
 
 
-def _decode_attention(qkv, cos_sin, lengths, k_cache, v_cache, num_heads, softmax_scale, window, quantized, splits=0):
+def _decode_attention(
+    qkv, cos_sin, lengths, k_cache, v_cache, num_heads, softmax_scale, window, quantized, splits=0, cache_ready=False
+):
     """The output, or (q, scale) if `quantized`; splits: CTAs that share the positions of a head (0: chosen)."""
     shape = check_decode_attention(qkv, cos_sin, lengths, k_cache, v_cache, num_heads, softmax_scale, window)
     check_kernel_limits(qkv, shape)
@@ -124,6 +126,7 @@ def _decode_attention(qkv, cos_sin, lengths, k_cache, v_cache, num_heads, softma
             scale.data_ptr() if quantized else 0,
             *sizes,
             splits,
+            cache_ready,
             workspace.data_ptr(),
             workspace_bytes,
             torch.cuda.current_stream().cuda_stream,
@@ -131,11 +134,19 @@ def _decode_attention(qkv, cos_sin, lengths, k_cache, v_cache, num_heads, softma
     return (out, scale) if quantized else out
 
 
-def decode_attention(qkv, cos_sin, lengths, k_cache, v_cache, num_heads, softmax_scale=None, window=None):
+def decode_attention(
+    qkv, cos_sin, lengths, k_cache, v_cache, num_heads, softmax_scale=None, window=None, cache_ready=False
+):
     """CUDA implementation of `fastgemm::decode_attention`."""
-    return _decode_attention(qkv, cos_sin, lengths, k_cache, v_cache, num_heads, softmax_scale, window, False)
+    return _decode_attention(
+        qkv, cos_sin, lengths, k_cache, v_cache, num_heads, softmax_scale, window, False, cache_ready=cache_ready
+    )
 
 
-def decode_attention_quant(qkv, cos_sin, lengths, k_cache, v_cache, num_heads, softmax_scale=None, window=None):
+def decode_attention_quant(
+    qkv, cos_sin, lengths, k_cache, v_cache, num_heads, softmax_scale=None, window=None, cache_ready=False
+):
     """CUDA implementation of `fastgemm::decode_attention_quant`."""
-    return _decode_attention(qkv, cos_sin, lengths, k_cache, v_cache, num_heads, softmax_scale, window, True)
+    return _decode_attention(
+        qkv, cos_sin, lengths, k_cache, v_cache, num_heads, softmax_scale, window, True, cache_ready=cache_ready
+    )

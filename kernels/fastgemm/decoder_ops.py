@@ -23,7 +23,7 @@ from .ops import _require_tensors
 
 _ATTENTION_ARGUMENTS = (
     "(Tensor qkv, Tensor cos_sin, Tensor lengths, Tensor(a!) k_cache, Tensor(b!) v_cache, int num_heads, "
-    "float? softmax_scale=None, int? window=None)"
+    "float? softmax_scale=None, int? window=None, bool cache_ready=False)"
 )
 _SCHEMAS = {
     "rms_norm": "(Tensor x, Tensor weight, float eps) -> Tensor",
@@ -69,13 +69,13 @@ def _(qkv, cos_sin, positions, rows, k_cache, v_cache, num_heads):
 
 
 @torch.library.register_fake("fastgemm::decode_attention", lib=_library)
-def _(qkv, cos_sin, lengths, k_cache, v_cache, num_heads, softmax_scale=None, window=None):
+def _(qkv, cos_sin, lengths, k_cache, v_cache, num_heads, softmax_scale=None, window=None, cache_ready=False):
     shape = check_decode_attention(qkv, cos_sin, lengths, k_cache, v_cache, num_heads, softmax_scale, window)
     return qkv.new_empty(shape.tokens, num_heads * shape.head_dim)
 
 
 @torch.library.register_fake("fastgemm::decode_attention_quant", lib=_library)
-def _(qkv, cos_sin, lengths, k_cache, v_cache, num_heads, softmax_scale=None, window=None):
+def _(qkv, cos_sin, lengths, k_cache, v_cache, num_heads, softmax_scale=None, window=None, cache_ready=False):
     shape = check_decode_attention(qkv, cos_sin, lengths, k_cache, v_cache, num_heads, softmax_scale, window)
     q = qkv.new_empty(shape.tokens, num_heads * shape.head_dim, dtype=torch.int8)
     return q, qkv.new_empty(shape.tokens, dtype=torch.float32)
@@ -164,6 +164,8 @@ def decode_attention(
     num_heads: int,
     softmax_scale: float | None = None,
     window: int | None = None,
+    *,
+    cache_ready: bool = False,
 ) -> torch.Tensor:
     """One decoded token of each sequence: rotary embedding, cache append and attention.
 
@@ -181,6 +183,8 @@ def decode_attention(
         num_heads: number of query heads, a multiple of kv_heads.
         softmax_scale: factor of the scores; None: 1 / sqrt(head_dim).
         window: positions attended to, the token's own included; None: all.
+        cache_ready: CUDA only. A promise that the kernel before this one on the stream does not write the caches, as
+            is so where it computes `qkv`. The earlier positions are then loaded while that kernel still runs.
 
     Returns:
         [batch, num_heads * head_dim] in the dtype of `qkv`.
@@ -192,7 +196,7 @@ def decode_attention(
     """
     _require_tensors(qkv=qkv, cos_sin=cos_sin, lengths=lengths, k_cache=k_cache, v_cache=v_cache)
     return torch.ops.fastgemm.decode_attention(
-        qkv, cos_sin, lengths, k_cache, v_cache, num_heads, softmax_scale, window
+        qkv, cos_sin, lengths, k_cache, v_cache, num_heads, softmax_scale, window, cache_ready
     )
 
 
@@ -205,6 +209,8 @@ def decode_attention_quant(
     num_heads: int,
     softmax_scale: float | None = None,
     window: int | None = None,
+    *,
+    cache_ready: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`quantize_per_token(decode_attention(...))`, equal to the bit on the same device, without the second pass.
 
@@ -213,5 +219,5 @@ def decode_attention_quant(
     """
     _require_tensors(qkv=qkv, cos_sin=cos_sin, lengths=lengths, k_cache=k_cache, v_cache=v_cache)
     return torch.ops.fastgemm.decode_attention_quant(
-        qkv, cos_sin, lengths, k_cache, v_cache, num_heads, softmax_scale, window
+        qkv, cos_sin, lengths, k_cache, v_cache, num_heads, softmax_scale, window, cache_ready
     )

@@ -19,8 +19,9 @@ _SIGNATURES = {
     "fg_silu_mul": [c_void_p, c_int, c_void_p, c_int64, c_int64, c_void_p],
     "fg_rope_append": [c_void_p] * 7 + [c_int] + [c_int64] * 6 + [c_void_p],
     "fg_decode_attention": (
-        [c_void_p] * 5 + [c_float, c_int] + [c_void_p] * 2 + [c_int64] * 6 + [c_int, c_void_p, c_int64, c_void_p]
-    ),  # qkv, cos_sin, lengths, k_cache, v_cache; softmax_scale; dtype; out, scale; sizes; splits; workspace; stream
+        [c_void_p] * 5 + [c_float, c_int] + [c_void_p] * 2 + [c_int64] * 6 + [c_int] * 2 + [c_void_p, c_int64, c_void_p]
+    ),  # qkv, cos_sin, lengths, k_cache, v_cache; softmax_scale; dtype; out, scale; sizes; splits, cache_ready;
+    # workspace, its bytes; stream
     "fg_ablation_grouped_gemm": [c_void_p] * 5 + _ABLATION_TAIL,
     "fg_ablation_asymmetric_gemm": [c_void_p] * 6 + _ABLATION_TAIL,
     "fg_ablation_unpack": [c_void_p, c_void_p, c_int64, c_int64, c_void_p],

@@ -107,7 +107,7 @@ class Decoder:
             attention = fastgemm.decode_attention_quant if layer.o.takes_int8 else fastgemm.decode_attention
             attended = attention(
                 layer.qkv(x), self._cos_sin, lengths, cache.keys[index][:count], cache.values[index][:count],
-                shapes.num_heads, window=shapes.windows[index],
+                shapes.num_heads, window=shapes.windows[index], cache_ready=True,
             )  # fmt: skip
             hidden, residual = self._feed_forward(layer, layer.o(attended), residual)
         return self._logits(hidden, residual)

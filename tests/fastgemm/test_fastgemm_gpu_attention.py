@@ -158,12 +158,14 @@ def test_rope_append_outside_the_cache_gives_nan_and_writes_nothing():
     assert written.nonzero().tolist() == [[1, 0, 3], [1, 1, 3]]
 
 
-def decode_steps(p, steps, between=lambda: None):
+def decode_steps(p, steps, between=lambda: None, cache_ready=False):
     """`steps` tokens with each output fed back into the next qkv; caches and lengths of p advance."""
     outputs = []
     qkv, lengths = p.qkv.clone(), p.lengths.clone()
     for _ in range(steps):
-        out = fastgemm.decode_attention(qkv, p.cos_sin, lengths, p.k_cache, p.v_cache, p.num_heads)
+        out = fastgemm.decode_attention(
+            qkv, p.cos_sin, lengths, p.k_cache, p.v_cache, p.num_heads, cache_ready=cache_ready
+        )
         between()
         q, scale = fastgemm.quantize_per_token(out)
         between()
@@ -176,25 +178,55 @@ def decode_steps(p, steps, between=lambda: None):
     return torch.stack(outputs)
 
 
-def test_overlapped_launches_and_graphs_equal_one_kernel_at_a_time():
+@pytest.mark.parametrize("cache_ready", [False, True])
+def test_overlapped_launches_and_graphs_equal_one_kernel_at_a_time(cache_ready):
     def fresh():
         return problem([0, 100, 31, 900], 8, 8, 128, 1000, torch.float16, "cuda")
 
     expected = decode_steps(fresh(), 20, torch.cuda.synchronize)
     assert torch.isfinite(expected).all()
     for _ in range(3):
-        assert torch.equal(decode_steps(fresh(), 20), expected)
+        assert torch.equal(decode_steps(fresh(), 20, cache_ready=cache_ready), expected)
     p = fresh()
     caches = p.k_cache.clone(), p.v_cache.clone()
     decode_steps(p, 1)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = decode_steps(p, 20)
+        out = decode_steps(p, 20, cache_ready=cache_ready)
     for _ in range(5):
         p.k_cache.copy_(caches[0])
         p.v_cache.copy_(caches[1])
         graph.replay()
         assert torch.equal(out, expected)
+
+
+def test_behind_products_that_let_it_start_early():
+    """A layer's QKV product and attention in turns, the cache of a layer read again after two kernels of another."""
+    p = problem([900, 5], 8, 8, 128, 1000, torch.float16, "cuda")
+    width, layers, steps = 1024, 2, 12
+    weights = [torch.randint(-8, 8, (3 * width, width), dtype=torch.int8, device="cuda") for _ in range(layers)]
+    packed, scales = [fastgemm.pack(w) for w in weights], torch.full((3 * width,), 2e-3, device="cuda")
+    q, x_scale = fastgemm.quantize_per_token(torch.randn(2, width, device="cuda").half())
+
+    def chain(cache_ready):
+        caches = [(p.k_cache.clone(), p.v_cache.clone()) for _ in range(layers)]
+        lengths, x, outputs = p.lengths.clone(), (q, x_scale), []
+        torch.cuda.synchronize()
+        for _ in range(steps):
+            for layer in range(layers):
+                qkv = fastgemm.w4a8_gemm(*x, packed[layer], scales, weights_ready=True)
+                if not cache_ready:
+                    torch.cuda.synchronize()
+                x = fastgemm.decode_attention_quant(
+                    qkv, p.cos_sin, lengths, *caches[layer], p.num_heads, cache_ready=cache_ready
+                )
+                outputs.append(x[0])
+            lengths = lengths + 1
+        return torch.stack(outputs)
+
+    expected = chain(False)
+    for _ in range(20):
+        assert torch.equal(chain(True), expected)
 
 
 def test_a_graph_follows_the_lengths_on_the_device():
@@ -215,7 +247,8 @@ def test_a_graph_follows_the_lengths_on_the_device():
         assert (error <= scale[:, None] * 0.51 + 1e-3 * attend(p).abs().amax(dim=1, keepdim=True)).all()
 
 
-def test_lengths_written_by_the_kernel_just_before():
+@pytest.mark.parametrize("cache_ready", [False, True])
+def test_lengths_written_by_the_kernel_just_before(cache_ready):
     """That kernel lets attention start early, which then reads the length before it is written, and again after."""
     p = problem([900, 1, 37, 512], 8, 8, 128, 1000, torch.float16, "cuda")
     expected = fastgemm.decode_attention(*p.arguments())
@@ -228,7 +261,7 @@ def test_lengths_written_by_the_kernel_just_before():
     def launch():
         stream = torch.cuda.current_stream().cuda_stream
         load().quantize_per_token(x.data_ptr(), 3, q.data_ptr(), lengths.data_ptr(), *x.shape, stream)
-        return fastgemm.decode_attention(p.qkv, p.cos_sin, lengths, *caches, p.num_heads)
+        return fastgemm.decode_attention(p.qkv, p.cos_sin, lengths, *caches, p.num_heads, cache_ready=cache_ready)
 
     assert torch.equal(launch(), expected)
     graph = torch.cuda.CUDAGraph()

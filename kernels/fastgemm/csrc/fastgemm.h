@@ -93,11 +93,14 @@ FG_API int fg_rope_append(const void* qkv, const float* cos_sin, const int32_t* 
 // 0..lengths[b], or to the last `window` of them (0: all).  The arrays are as in fg_rope_append with tokens = batch.
 //   out:    [batch, num_heads * head_dim] in dtype; with scale [batch], int8 and per-token quantized
 //   splits: blocks that share the positions of a head, up to 64 (0: chosen from the sizes)
+//   cache_ready: not 0: no kernel of the stream that may still be running writes the caches (as FG_WEIGHTS_READY), so that
+//     the loads of earlier positions begin before the preceding kernel has finished
 // A length outside 0..max_len - 1 stores nothing and makes the token's output NaN (its scale, if quantized).
 FG_API int fg_decode_attention(const void* qkv, const float* cos_sin, const int32_t* lengths, void* k_cache,
                                void* v_cache, float softmax_scale, int dtype, void* out, float* scale_or_null,
                                int64_t batch, int64_t num_heads, int64_t kv_heads, int64_t head_dim, int64_t max_len,
-                               int64_t window, int splits, void* workspace, int64_t workspace_bytes, void* stream);
+                               int64_t window, int splits, int cache_ready, void* workspace,
+                               int64_t workspace_bytes, void* stream);
 
 // Bytes of workspace fg_decode_attention needs; its contents need no initialisation.
 FG_API int64_t fg_decode_attention_workspace_bytes(int64_t batch, int64_t num_heads, int64_t kv_heads, int64_t head_dim,

@@ -120,7 +120,8 @@ extern "C" int64_t fg_decode_attention_workspace_bytes(int64_t batch, int64_t nu
 extern "C" int fg_decode_attention(const void* qkv, const float* cos_sin, const int32_t* lengths, void* k_cache,
                                    void* v_cache, float softmax_scale, int dtype, void* out, float* scale_or_null,
                                    int64_t batch, int64_t num_heads, int64_t kv_heads, int64_t head_dim, int64_t max_len,
-                                   int64_t window, int splits, void* workspace, int64_t workspace_size, void* stream) {
+                                   int64_t window, int splits, int cache_ready, void* workspace,
+                                   int64_t workspace_size, void* stream) {
   using namespace fg::attention;
   using fg::elementwise::aligned16;
   const Sizes sizes{batch, num_heads, kv_heads, head_dim, max_len, window};
@@ -151,6 +152,7 @@ extern "C" int fg_decode_attention(const void* qkv, const float* cos_sin, const 
   p.max_len = static_cast<int>(max_len);
   p.window = window > 0 && window < max_len ? static_cast<int>(window) : static_cast<int>(max_len);
   p.splits = resolved;
+  p.cache_ready = cache_ready != 0;
   const int64_t blocks = batch * kv_heads * p.head_blocks * resolved;
   return dtype == FG_F16 ? run<__half>(p, sizes, out, scale_or_null, blocks, stream)
                          : run<__nv_bfloat16>(p, sizes, out, scale_or_null, blocks, stream);

@@ -151,18 +151,26 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) decode_partials(co
   const char* v = static_cast<const char*>(p.v_cache) + w.cache_offset * 2;
 
   // The length may still change until the preceding kernel is complete.  The first copies do not wait for it to be read
-  // again; they are repeated in the rare case that it has changed.
+  // again, and with cache_ready not for that kernel; they are repeated in the rare case that it has changed.
   set_length(p, w, clamp_length(p, load_length(p, w.row)));
-  grid_dependency_wait();
-  const int length = load_length(p, w.row);
-  const bool inside = length == clamp_length(p, length);
-  ptx::named_barrier_sync(kIssuedBarrier, C::kThreads);
+  int length = 0;
+  bool inside = false, waited = false;
   for (;;) {
+    if (waited || p.cache_ready) {
 #pragma unroll
-    for (int i = 0; i < kStages; ++i) {
-      const int unit = w.begin + warp + i * C::kWarps;
-      if (unit < w.end) load_unit<D>(w, k, v, unit, ring + i * Tile<D>::kStageBytes);
-      commit_copies();
+      for (int i = 0; i < kStages; ++i) {
+        const int unit = w.begin + warp + i * C::kWarps;
+        if (unit < w.end) load_unit<D>(w, k, v, unit, ring + i * Tile<D>::kStageBytes);
+        commit_copies();
+      }
+    }
+    if (!waited) {
+      waited = true;
+      grid_dependency_wait();
+      length = load_length(p, w.row);
+      inside = length == clamp_length(p, length);
+      ptx::named_barrier_sync(kIssuedBarrier, C::kThreads);
+      if (!p.cache_ready) continue;
     }
     if (length == w.length || !inside) break;
     wait_copies<0>();
