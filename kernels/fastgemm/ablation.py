@@ -1,20 +1,25 @@
 """Products that FastGEMM is compared with: what it saves by being per-channel, symmetric and fused.
 
 OdysseyLLM (arXiv 2311.09550, section 4.4 and its kernel comparison) argues that fine-grained scales, zero points and a
-separate unpacking step are what make W4A8 slow. These functions run exactly those on the same `mma.sync` kernel, so
-they compare with `w4a8_gemm(..., arch=80)`. CUDA only; not torch operators; for benchmarks, not for models.
+separate unpacking step are what make W4A8 slow. These functions run exactly those in the kernels of `w4a8_gemm`, the
+Hopper one and the mma.sync one: compare at the same `arch`. CUDA only; not torch operators; for benchmarks, not for
+models.
 """
+
+from ctypes import c_int
 
 import torch
 
-from .checks import FLOAT_DTYPES, check_tensor
-from .cuda import _DTYPE_CODES, _aligned
+from .checks import ARCHITECTURES, FLOAT_DTYPES, check_tensor
+from .cuda import _DTYPE_CODES, _WEIGHTS_READY, _aligned
 from .library import load
 from .ops import w8a8_gemm
 from .packing import check_weight_size, pack, packed_shape
 
 GROUP_SIZE = 128
-_GROUPED, _ASYMMETRIC = 0, 1
+# The Hopper kernel's accumulators hold 16 times the sum of K products with unsigned weights.
+MAX_ASYMMETRIC_K = 65536
+_KINDS = {"grouped": 0, "asymmetric": 1}
 
 
 def pack_unsigned(w: torch.Tensor) -> torch.Tensor:
@@ -31,10 +36,8 @@ def pack_unsigned(w: torch.Tensor) -> torch.Tensor:
     return pack((w ^ 8).to(torch.int8) - 8)
 
 
-def _check(x, x_scale, w_packed, n: int, out_dtype: torch.dtype) -> int:
+def _check(x, x_scale, w_packed, n: int, out_dtype: torch.dtype, arch: int, plan) -> int:
     check_tensor("x", x, (torch.int8,), 2, x)
-    if not x.is_cuda:
-        raise ValueError(f"x must be on a CUDA device, got {x.device}")
     k = x.shape[1]
     check_weight_size(n, k)
     check_tensor("x_scale", x_scale, (torch.float32,), 1, x)
@@ -47,23 +50,30 @@ def _check(x, x_scale, w_packed, n: int, out_dtype: torch.dtype) -> int:
         raise ValueError("w_packed must be contiguous and 16-byte aligned")
     if out_dtype not in FLOAT_DTYPES:
         raise TypeError(f"out_dtype must be float16, bfloat16 or float32, got {out_dtype}")
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"arch must be one of {ARCHITECTURES} (0: the best one for the device), got {arch}")
+    if plan is not None and (arch == 80 or len(plan) != 3):
+        raise ValueError(f"plan must be (warpgroups, tokens, split) of a Hopper kernel, got {plan} with arch {arch}")
     return k
 
 
-def _launch(kind, x, x_scale, w_packed, weight_tensors, n, k, out_dtype) -> torch.Tensor:
+def _require_cuda(x: torch.Tensor) -> None:
+    if not x.is_cuda:
+        raise ValueError(f"x must be on a CUDA device, got {x.device}")
+
+
+def _launch(kind, tensors, m, n, k, out_dtype, arch, weights_ready, plan) -> torch.Tensor:
+    """tensors: the operands in the order of the C function; None is NULL. The first is x."""
     library = load()
-    function = library.ablation_grouped_gemm if kind == _GROUPED else library.ablation_asymmetric_gemm
-    x, x_scale = _aligned(x), _aligned(x_scale)
-    m = x.shape[0]
+    function = library.ablation_grouped_gemm if kind == "grouped" else library.ablation_asymmetric_gemm
+    x = tensors[0]
     out = x.new_empty(m, n, dtype=out_dtype)
+    forced = None if plan is None else (c_int * 3)(*plan)
     with torch.cuda.device(x.device):
-        size = library.ablation_workspace_bytes(kind, m, n, k)
+        size = library.ablation_workspace_bytes(_KINDS[kind], m, n, k, arch)
         workspace = x.new_empty(max(size, 1), dtype=torch.uint8)
         function(
-            x.data_ptr(),
-            x_scale.data_ptr(),
-            w_packed.data_ptr(),
-            *(t.data_ptr() for t in weight_tensors),
+            *(None if t is None else t.data_ptr() for t in tensors),
             out.data_ptr(),
             m,
             n,
@@ -71,6 +81,8 @@ def _launch(kind, x, x_scale, w_packed, weight_tensors, n, k, out_dtype) -> torc
             _DTYPE_CODES[out_dtype],
             workspace.data_ptr(),
             size,
+            arch + weights_ready * _WEIGHTS_READY,
+            forced,
             torch.cuda.current_stream().cuda_stream,
         )
     return out
@@ -82,10 +94,15 @@ def w4a8_grouped_gemm(
     w_packed: torch.Tensor,
     group_scale: torch.Tensor,
     out_dtype: torch.dtype = torch.float16,
+    *,
+    arch: int = 0,
+    weights_ready: bool = False,
+    plan: tuple[int, int, int] | None = None,
 ) -> torch.Tensor:
     """Fine-grained W4A8: each group of 128 columns has its own scale, applied to its int32 sum in fp32.
 
-    y[m, n] = x_scale[m] * sum_g group_scale[g, n] * sum_(k in g) x[m, k] * w[n, k], groups added in order in fp32.
+    y[m, n] = x_scale[m] * sum_g group_scale[g, n] * sum_(k in g) x[m, k] * w[n, k], groups added in order in fp32, in
+    parts where the reduction is split. Another plan, or another `arch`, may round differently.
 
     Args:
         x: int8 [M, K], K a multiple of 128.
@@ -93,18 +110,24 @@ def w4a8_grouped_gemm(
         w_packed: uint8, as `pack` returns it.
         group_scale: fp32 [K / 128, N].
         out_dtype: float16, bfloat16 or float32.
+        arch: as that of `w4a8_gemm`: 0 is the best kernel for the device, 80 mma.sync, 90 Hopper's wgmma.
+        weights_ready: as that of `w4a8_gemm`; holds for `group_scale`, too.
+        plan: (warpgroups, tokens, split) of a Hopper kernel in place of the chosen one, for tests and sweeps.
 
     Raises:
         TypeError, ValueError: an argument has a wrong dtype, shape, device or layout.
+        FastGemmError: the device has no such kernel, or there is none with this plan.
     """
     check_tensor("group_scale", group_scale, (torch.float32,), 2, x)
     n = group_scale.shape[1]
-    k = _check(x, x_scale, w_packed, n, out_dtype)
+    k = _check(x, x_scale, w_packed, n, out_dtype, arch, plan)
     if k % GROUP_SIZE != 0:
         raise ValueError(f"K must be a multiple of {GROUP_SIZE}, got {k}")
     if group_scale.shape[0] != k // GROUP_SIZE:
         raise ValueError(f"group_scale must have shape [{k // GROUP_SIZE}, {n}], got {list(group_scale.shape)}")
-    return _launch(_GROUPED, x, x_scale, w_packed, [group_scale.contiguous()], n, k, out_dtype)
+    _require_cuda(x)
+    tensors = [_aligned(x), _aligned(x_scale), w_packed, _aligned(group_scale)]
+    return _launch("grouped", tensors, x.shape[0], n, k, out_dtype, arch, weights_ready, plan)
 
 
 def w4a8_asymmetric_gemm(
@@ -114,10 +137,17 @@ def w4a8_asymmetric_gemm(
     w_scale: torch.Tensor,
     w_zero: torch.Tensor,
     out_dtype: torch.dtype = torch.float16,
+    *,
+    x_sum: torch.Tensor | None = None,
+    arch: int = 0,
+    weights_ready: bool = False,
+    plan: tuple[int, int, int] | None = None,
 ) -> torch.Tensor:
-    """Asymmetric W4A8: the channel's zero point is subtracted from every weight before the product.
+    """Asymmetric W4A8: every channel has a zero point.
 
-    y[m, n] = x_scale[m] * w_scale[n] * sum_k x[m, k] * (w[n, k] - w_zero[n]), the sum exact in int32.
+    y[m, n] = x_scale[m] * w_scale[n] * sum_k x[m, k] * (w[n, k] - w_zero[n]), the sum exact in int32. The mma.sync
+    kernel subtracts the zero point from every weight before the product, the Hopper kernel subtracts
+    w_zero[n] * sum_k x[m, k] from the sum.
 
     Args:
         x: int8 [M, K].
@@ -126,18 +156,50 @@ def w4a8_asymmetric_gemm(
         w_scale: fp32 [N].
         w_zero: uint8 [N] in 0..15.
         out_dtype: float16, bfloat16 or float32.
+        x_sum: int32 [M], sum_k x[m, k], which a quantizer has while it writes x; None: a kernel of its own finds it,
+            where it is needed.
+        arch: as that of `w4a8_gemm`: 0 is the best kernel for the device, 80 mma.sync, 90 Hopper's wgmma. K is at most
+            65536 unless it is 80.
+        weights_ready: as that of `w4a8_gemm`; holds for `w_scale` and `w_zero`, too.
+        plan: (warpgroups, tokens, split) of a Hopper kernel in place of the chosen one, for tests and sweeps.
 
     Raises:
         TypeError, ValueError: an argument has a wrong dtype, shape, device or layout.
+        FastGemmError: the device has no such kernel, or there is none with this plan.
     """
     check_tensor("w_scale", w_scale, (torch.float32,), 1, x)
     n = w_scale.shape[0]
-    k = _check(x, x_scale, w_packed, n, out_dtype)
+    k = _check(x, x_scale, w_packed, n, out_dtype, arch, plan)
+    if arch != 80 and k > MAX_ASYMMETRIC_K:
+        raise ValueError(f"K must be at most {MAX_ASYMMETRIC_K} unless arch is 80, got {k}")
     check_tensor("w_zero", w_zero, (torch.uint8,), 1, x)
     if w_zero.shape[0] != n:
         raise ValueError(f"w_zero must have shape [{n}], got {list(w_zero.shape)}")
-    tensors = [w_scale.contiguous(), w_zero.contiguous()]
-    return _launch(_ASYMMETRIC, x, x_scale, w_packed, tensors, n, k, out_dtype)
+    if x_sum is not None:
+        check_tensor("x_sum", x_sum, (torch.int32,), 1, x)
+        if x_sum.shape[0] != x.shape[0]:
+            raise ValueError(f"x_sum must have shape [{x.shape[0]}], got {list(x_sum.shape)}")
+        x_sum = x_sum.contiguous()
+    _require_cuda(x)
+    tensors = [_aligned(x), _aligned(x_scale), x_sum, w_packed, w_scale.contiguous(), w_zero.contiguous()]
+    return _launch("asymmetric", tensors, x.shape[0], n, k, out_dtype, arch, weights_ready, plan)
+
+
+def hopper_plan(kind: str, m: int, n: int, k: int, *, weights_ready: bool = False) -> tuple[int, int, int]:
+    """(warpgroups, tokens, split) that a product of this size uses on the current device, which has wgmma.
+
+    Args:
+        kind: "grouped" or "asymmetric".
+
+    Raises:
+        ValueError: unknown kind.
+        FastGemmError: the device has no Hopper kernel.
+    """
+    if kind not in _KINDS:
+        raise ValueError(f"kind must be one of {', '.join(_KINDS)}, got {kind}")
+    plan = (c_int * 4)()
+    load().ablation_plan(_KINDS[kind], m, n, k, weights_ready * _WEIGHTS_READY, plan)
+    return plan[0], plan[1], plan[2]
 
 
 def unpack_on_device(w_packed: torch.Tensor, n: int, k: int) -> torch.Tensor:

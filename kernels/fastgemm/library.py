@@ -8,7 +8,8 @@ from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
 _GEMM_ARGUMENTS = (
     [c_void_p] * 6 + [c_int64] * 3 + [c_int, c_void_p, c_int64, c_int, c_void_p]
 )  # x, x_scale, w, w_scale, bias, out; m, n, k; out_dtype; workspace, its bytes; arch; stream
-_ABLATION_TAIL = [c_int64] * 3 + [c_int, c_void_p, c_int64, c_void_p]
+_ABLATION_TAIL = [c_int64] * 3 + [c_int, c_void_p, c_int64, c_int, c_void_p, c_void_p]
+# m, n, k; out_dtype; workspace, its bytes; arch; plan; stream
 _SIGNATURES = {
     "fg_w4a8_gemm": _GEMM_ARGUMENTS,
     "fg_w8a8_gemm": _GEMM_ARGUMENTS,
@@ -23,12 +24,13 @@ _SIGNATURES = {
     ),  # qkv, cos_sin, lengths, k_cache, v_cache; softmax_scale; dtype; out, scale; sizes; splits, cache_ready;
     # workspace, its bytes; stream
     "fg_ablation_grouped_gemm": [c_void_p] * 5 + _ABLATION_TAIL,
-    "fg_ablation_asymmetric_gemm": [c_void_p] * 6 + _ABLATION_TAIL,
+    "fg_ablation_asymmetric_gemm": [c_void_p] * 7 + _ABLATION_TAIL,
+    "fg_ablation_plan": [c_int, c_int64, c_int64, c_int64, c_int, c_void_p],
     "fg_ablation_unpack": [c_void_p, c_void_p, c_int64, c_int64, c_void_p],
 }
 _WORKSPACE_SIGNATURES = {
     "fg_gemm_workspace_bytes": [c_int, c_int64, c_int64, c_int64, c_int],
-    "fg_ablation_workspace_bytes": [c_int, c_int64, c_int64, c_int64],
+    "fg_ablation_workspace_bytes": [c_int, c_int64, c_int64, c_int64, c_int],
     "fg_decode_attention_workspace_bytes": [c_int64] * 6 + [c_int],
 }
 
@@ -124,9 +126,13 @@ class Library:
         """fg_ablation_unpack."""
         self._call("fg_ablation_unpack", *arguments)
 
-    def ablation_workspace_bytes(self, kind: int, m: int, n: int, k: int) -> int:
+    def ablation_workspace_bytes(self, kind: int, m: int, n: int, k: int, arch: int) -> int:
         """fg_ablation_workspace_bytes; kind 0 is grouped, 1 is asymmetric."""
-        return self._workspace_bytes("fg_ablation_workspace_bytes", kind, m, n, k)
+        return self._workspace_bytes("fg_ablation_workspace_bytes", kind, m, n, k, arch)
+
+    def ablation_plan(self, *arguments) -> None:
+        """fg_ablation_plan."""
+        self._call("fg_ablation_plan", *arguments)
 
 
 @functools.cache

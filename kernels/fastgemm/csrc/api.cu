@@ -1,6 +1,6 @@
 // C entry points of the GEMMs: argument checks and the choice of the architecture path.
-#include "common/device.h"
 #include "common/gemm_args.h"
+#include "common/path.h"
 #include "fastgemm.h"
 
 namespace {
@@ -8,23 +8,6 @@ namespace {
 constexpr int64_t kMaxTokens = 65536;
 // |x * 16 w| <= 128 * 128, so an int32 accumulator is exact for K < 2^31 / 2^14 = 131072.
 constexpr int64_t kMaxReduction = 131040;
-
-// Resolves arch (0, 80 or 90, without flags) to the path to run: 80 or 90; otherwise an error code is stored and 0 returned.
-int choose_path(int arch, int* error) {
-  const int device = fg::device_arch();
-  if (device < 0) {
-    *error = FG_ERROR_CUDA - device;
-    return 0;
-  }
-  const bool wgmma = device == 90;
-  const int path = arch == 0 ? (wgmma ? 90 : 80) : arch;
-  const bool available = (path == 90 && wgmma) || (path == 80 && device >= 80);
-  if (!available) {
-    *error = FG_ERROR_ARCH;
-    return 0;
-  }
-  return path;
-}
 
 bool aligned(const void* pointer, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
@@ -47,7 +30,7 @@ int run(int kind, fg::GemmArgs a, int arch) {
   int code = check(a);
   if (code != FG_OK || a.m == 0) return code;
   a.weights_ready = (arch & FG_WEIGHTS_READY) != 0;
-  const int path = choose_path(arch & ~FG_WEIGHTS_READY, &code);
+  const int path = fg::choose_path(arch & ~FG_WEIGHTS_READY, &code);
   if (path == 0) return code;
   if (a.out_dtype == FG_I32) a.bias = nullptr;
   if (path == 90) {
@@ -83,7 +66,7 @@ int fg_w8a8_gemm(const int8_t* x, const float* x_scale, const int8_t* w, const f
 int64_t fg_gemm_workspace_bytes(int kind, int64_t m, int64_t n, int64_t k, int arch) {
   if (m <= 0 || n <= 0 || k <= 0) return 0;
   int error = FG_OK;
-  const int path = choose_path(arch & ~FG_WEIGHTS_READY, &error);
+  const int path = fg::choose_path(arch & ~FG_WEIGHTS_READY, &error);
   if (path == 0) return 0;
   return path == 90 ? fg::sm90::workspace_bytes(kind, m, n, k) : fg::sm80::workspace_bytes(kind, m, n, k);
 }

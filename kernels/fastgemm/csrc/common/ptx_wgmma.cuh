@@ -21,6 +21,8 @@ __device__ __forceinline__ void wgmma_pin(Word& value) {
   asm volatile("" : "+r"(value)::"memory");
 }
 
+__device__ __forceinline__ void wgmma_pin(float& value) { asm volatile("" : "+f"(value)::"memory"); }
+
 // Descriptor of a K-major operand stored as rows of 128 bytes with the 128-byte swizzle; groups of 8 rows are 1024
 // bytes apart.  The next 32 bytes along K are reached by adding 2 (units of 16 bytes) to the descriptor.
 __device__ __forceinline__ uint64_t swizzled_descriptor(uint32_t address) {

@@ -13,6 +13,7 @@ namespace fg::sm90 {
 constexpr int kBoxK = 128;              // reduction elements of a tensor copy: 128 bytes, the width of the swizzle
 constexpr int kPackedTile = 2048;       // bytes of a packed 64 x 64 int4 tile
 constexpr int kMaxStages = 20;
+constexpr int kGroupSize = 128;         // reduction elements that share a weight scale (GroupedConfig)
 constexpr int kSharedLimit = 232448;    // bytes of shared memory a block may use on sm_90
 
 template <bool kInt4_, int kWarpgroups_, int kTokens_, int kStepK_>
@@ -29,6 +30,11 @@ struct Config {
   static constexpr int kTokenBytes = kTokens * kStepK;
   static constexpr int kWeightBytes = kInt4 ? kRows * kStepK / 2 : kRows * kStepK;
   static constexpr int kStageBytes = kTokenBytes + kWeightBytes;
+
+  // What GroupedConfig and ZeroPointConfig change.
+  static constexpr bool kGrouped = false;
+  static constexpr bool kZeroPoint = false;
+  static constexpr int kScaleBytes = 0;  // of weight scales that come with a stage
 
   // Whether the two CTAs of a cluster can load an operand that both multiply once.  int4 weights: not worth it.
   static constexpr bool kShares = kTokens >= 64;
@@ -52,6 +58,31 @@ struct Config {
   static constexpr int kPieces = kTokens / 8;
   static constexpr bool kThirds = kPieces <= 4;  // clusters of three exist: their shares are whole pieces
   static constexpr bool kOnePieceShares = kPieces <= 2;  // no CTA owns more than one piece
+};
+
+// int4 weights with a scale for each kGroupSize columns, multiplied with the int32 sum of the group.  The fp32 sums take
+// a set of registers of their own.  So that the int32 sums fit beside them they are those of kSlice tokens at a time,
+// twice: one set is scaled while the tensor cores fill the other.
+template <int kWarpgroups_, int kTokens_, int kStepK_>
+struct GroupedConfig : Config<true, kWarpgroups_, kTokens_, kStepK_> {
+  using Base = Config<true, kWarpgroups_, kTokens_, kStepK_>;
+  static constexpr bool kGrouped = true;
+  static constexpr int kGroups = kStepK_ / kGroupSize;  // of a stage
+  static constexpr int kSlice = kTokens_ <= 96 ? kTokens_ : (kTokens_ == 256 ? 32 : 64);
+  static constexpr int kSlices = kTokens_ / kSlice;
+  static constexpr int kScaleBytes = kGroups * Base::kRows * 4;
+  // Pairs of CTAs: W4A8 gains at most 2 % from them.
+  static constexpr bool kShares = false;
+  static constexpr bool kSharesWeights = false;
+  static_assert(kStepK_ % kGroupSize == 0 && kTokens_ % kSlice == 0, "");
+};
+
+// Unsigned int4 weights u with a zero point z per channel.  With bit 3 flipped the nibbles are u - 8 and sum_k x (u - z) is
+// the sum over them minus (z - 8) sum_k x: the main loop stays as it is, and one multiply-add per accumulator corrects
+// the sums at the end.
+template <int kWarpgroups_, int kTokens_, int kStepK_>
+struct ZeroPointConfig : Config<true, kWarpgroups_, kTokens_, kStepK_> {
+  static constexpr bool kZeroPoint = true;
 };
 
 // Pieces whose sum over the cluster one CTA computes and stores.
@@ -78,7 +109,7 @@ __host__ __device__ constexpr int receivers(int split, int rank) {
 }
 
 struct SharedLayout {
-  int exchange, scales, barriers, total;
+  int exchange, scales, barriers, weight_scales, total;
 };
 
 // Offsets in bytes from the 1024-byte aligned start of shared memory, where the pipeline stages lie.  The exchange
@@ -90,22 +121,23 @@ __host__ __device__ constexpr SharedLayout shared_layout(int stages, int split, 
   SharedLayout l{};
   l.exchange = stages * C::kStageBytes;
   l.scales = l.exchange + (staging > receive ? staging : receive);
-  l.barriers = l.scales + C::kWarpgroups * C::kTokens * 4;
-  l.total = l.barriers + ((C::kFewTokens ? 3 : 2) * kMaxStages + 2) * 8 + 1024;
+  l.barriers = l.scales + (C::kZeroPoint ? 2 : 1) * C::kWarpgroups * C::kTokens * 4;
+  l.weight_scales = l.barriers + ((C::kFewTokens ? 3 : 2) * kMaxStages + 2) * 8;
+  l.total = l.weight_scales + stages * C::kScaleBytes + 1024;
   return l;
 }
 
 template <class C>
 constexpr int pipeline_stages(int split, bool tensor_store) {
   const int available = kSharedLimit - shared_layout<C>(0, split, tensor_store).total;
-  const int stages = available / C::kStageBytes;
+  const int stages = available / (C::kStageBytes + C::kScaleBytes);
   return stages < kMaxStages ? stages : kMaxStages;
 }
 
 struct Params {
   const uint8_t* w;      // packed int4 tiles (unused for int8)
   const float* x_scale;
-  const float* w_scale;
+  const float* w_scale;  // [N], or [groups, N] with GroupedConfig
   const void* bias;
   void* out;
   int m, n;
@@ -126,6 +158,8 @@ struct Params {
   int stream_weights;    // weights pass by once: do not keep them in L2
   int ahead_steps;       // steps whose weights are requested while the preceding kernel may still run
   int weights_ready;     // the preceding kernel does not write the weights: load them before it has finished
+  const uint8_t* zero;   // [N] in 0..15 (ZeroPointConfig)
+  const int* x_sum;      // [M], sum of a token's values (ZeroPointConfig)
 };
 
 }  // namespace fg::sm90

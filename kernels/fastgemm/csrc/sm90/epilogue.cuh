@@ -34,7 +34,7 @@ __device__ __forceinline__ RowFactors load_row_factors(const Params& p, int row)
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int r = min(row + 8 * i, p.n - 1);
-    if (p.out_dtype != FG_I32) f.scale[i] = __ldg(p.w_scale + r);
+    if (!C::kGrouped && p.out_dtype != FG_I32) f.scale[i] = __ldg(p.w_scale + r);
     if (p.bias != nullptr) {
       if (p.out_dtype == FG_F16) {
         f.bias[i] = __half2float(static_cast<const __half*>(p.bias)[r]);
@@ -56,7 +56,9 @@ __device__ __forceinline__ int integer_result(int acc) {
 
 template <class C>
 __device__ __forceinline__ float scaled_result(int acc, float x_scale, float w_scale, bool has_bias, float bias) {
-  const float v = __fmul_rn(__fmul_rn(__int2float_rn(integer_result<C>(acc)), x_scale), w_scale);
+  // Group scales: acc holds the bits of an fp32 sum that contains them.
+  const float v = C::kGrouped ? __fmul_rn(__int_as_float(acc), x_scale)
+                              : __fmul_rn(__fmul_rn(__int2float_rn(integer_result<C>(acc)), x_scale), w_scale);
   return has_bias ? __fadd_rn(v, bias) : v;
 }
 

@@ -1,4 +1,5 @@
-// The sm_90a GEMM kernel: two producer threads feed a shared-memory pipeline, one or two warpgroups multiply.
+// The sm_90a GEMM kernel: two producer threads (with group scales three) feed a shared-memory pipeline, one or two
+// warpgroups multiply.
 #pragma once
 
 #include <type_traits>
@@ -8,113 +9,23 @@
 #include "config.cuh"
 #include "epilogue.cuh"
 #include "multiply.cuh"
+#include "multiply_grouped.cuh"
 #include "produce.cuh"
+#include "reduce.cuh"
 #include "schedule.cuh"
+#include "zero_point.cuh"
 
 namespace fg::sm90 {
 
 template <int kValue>
 using Split = std::integral_constant<int, kValue>;
 
-// A receiver of partial sums tells the other CTAs of the cluster that this warp has read its exchange area.
-template <class C>
-__device__ __forceinline__ void report_free(const Params& p, const Shared& s, int rank, int lane) {
-  __syncwarp();
-  if (rank * pieces_per_owner<C>(p.split) < C::kPieces && lane < p.split && lane != rank)
-    ptx::barrier_arrive_remote(ptx::remote_address(s.receive_free, lane));
-}
-
-// Adds up the partial sums of the kSplit CTAs of a cluster and stores the result: CTA `rank` owns the pieces from
-// rank * kShare on.  Integer sums are exact, so the result does not depend on the order.
-template <class C, int kSplit>
-__device__ __forceinline__ void reduce_and_store(const int (&acc)[C::kTokens / 2], const Params& p, const Shared& s,
-                                                 const RowFactors& factors, uint32_t scales, int row, int token,
-                                                 int rank, uint32_t parity, bool last_tile, int lane) {
-  constexpr int kShare = pieces_per_owner<C>(kSplit);
-  static_assert(C::kPieces % kShare == 0, "");
-  constexpr int kPieceBytes = C::kConsumerThreads * 16;
-  // The kSplit - 1 slots of a receiver: source CTA c writes slot c - (c > receiver).
-  const uint32_t thread_slot = s.exchange + opaque(threadIdx.x) * 16;
-#pragma unroll
-  for (int owner = 0; owner < kSplit; ++owner) {
-    if (owner * kShare < C::kPieces && owner != rank) {
-      const uint32_t slot =
-          ptx::remote_address(thread_slot + (rank - (rank > owner)) * kShare * kPieceBytes, owner);
-      const uint32_t received = ptx::remote_address(s.received, owner);
-#pragma unroll
-      for (int i = 0; i < kShare; ++i) {
-        const int q = owner * kShare + i;
-        if (q < C::kPieces) ptx::store_remote_16(slot + i * kPieceBytes, received, &acc[4 * q]);
-      }
-    }
-  }
-  if (rank * kShare < C::kPieces) ptx::barrier_wait(s.received, parity);
-  int sum[kShare][4];
-#pragma unroll
-  for (int i = 0; i < kShare; ++i) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      sum[i][e] = acc[4 * i + e];
-#pragma unroll
-      for (int owner = 1; owner < kSplit; ++owner) {
-        const int q = owner * kShare + i;
-        if (q < C::kPieces && owner == rank) sum[i][e] = acc[4 * q + e];
-      }
-    }
-#pragma unroll
-    for (int source = 0; source < kSplit - 1; ++source) {
-      const uint4 part = ptx::load_shared_16(thread_slot + (source * kShare + i) * kPieceBytes);
-      sum[i][0] += static_cast<int>(part.x);
-      sum[i][1] += static_cast<int>(part.y);
-      sum[i][2] += static_cast<int>(part.z);
-      sum[i][3] += static_cast<int>(part.w);
-    }
-    // Few loads in flight at a time: more would not fit in the registers.
-    if (i % 2 == 1) {
-#pragma unroll
-      for (int e = 0; e < 8; ++e) ptx::wgmma_pin(sum[i - e / 4][e % 4]);
-    }
-  }
-  if (!last_tile) report_free<C>(p, s, rank, lane);
-  const int local = 8 * rank * kShare;
-  if (local < C::kTokens) store_pieces<C, kShare>(p, sum, factors, scales + local * 4, row, token + local);
-}
-
-// The same for tiles of at most two pieces, any number of CTAs and without the store: every piece has an owner of its own,
-// which keeps its sum in acc.  Little code for the instruction cache, which a chain of small kernels fills.
-template <class C>
-__device__ __forceinline__ void reduce_one_piece(int (&acc)[C::kTokens / 2], const Params& p, const Shared& s, int rank,
-                                                 uint32_t parity, bool last_tile, int lane) {
-  constexpr int kPieceBytes = C::kConsumerThreads * 16;
-  const uint32_t thread_slot = s.exchange + opaque(threadIdx.x) * 16;
-#pragma unroll
-  for (int q = 0; q < C::kPieces; ++q) {
-    if (q == rank) continue;
-    const uint32_t slot = ptx::remote_address(thread_slot + (rank - (rank > q)) * kPieceBytes, q);
-    ptx::store_remote_16(slot, ptx::remote_address(s.received, q), &acc[4 * q]);
-  }
-  if (rank >= C::kPieces) return;
-  ptx::barrier_wait(s.received, parity);
-#pragma unroll 1
-  for (int source = 0; source < p.split - 1; ++source) {
-    const uint4 part = ptx::load_shared_16(thread_slot + source * kPieceBytes);
-#pragma unroll
-    for (int q = 0; q < C::kPieces; ++q) {
-      if (q != rank) continue;
-      acc[4 * q] += static_cast<int>(part.x);
-      acc[4 * q + 1] += static_cast<int>(part.y);
-      acc[4 * q + 2] += static_cast<int>(part.z);
-      acc[4 * q + 3] += static_cast<int>(part.w);
-    }
-  }
-  if (!last_tile) report_free<C>(p, s, rank, lane);
-}
-
 template <class C>
 __device__ __forceinline__ void consume(const Params& p, const CUtensorMap* out_map, const Shared& s, int rank) {
   const int group = threadIdx.x / 128, lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const int group_barrier = 1 + group;
   const uint32_t group_scales = s.scales + group * C::kTokens * 4;
+  constexpr int kToSums = C::kWarpgroups * C::kTokens * 4;  // from a token's scale to its sum (ZeroPointConfig)
   const uint32_t staging = s.exchange + group * 2 * C::kStoreBytes;
   static_assert(C::kOnePieceShares != C::kTensorStore, "each tile has one way to its store");
   StagePosition at;
@@ -139,6 +50,13 @@ __device__ __forceinline__ void consume(const Params& p, const CUtensorMap* out_
       const int local = 128 * i + static_cast<int>(threadIdx.x % 128);
       x_scale[i] = p.out_dtype == FG_I32 ? 0.f : __ldg(p.x_scale + min(token + local, p.m - 1));
     }
+    const ZeroPoints zero = load_zero_points<C>(p, row + lane / 4);
+    int x_sum[kScaleLoads];
+    if constexpr (C::kZeroPoint) {
+#pragma unroll
+      for (int i = 0; i < kScaleLoads; ++i)
+        x_sum[i] = __ldg(p.x_sum + min(token + 128 * i + static_cast<int>(threadIdx.x % 128), p.m - 1));
+    }
     if constexpr (C::kTensorStore) {
       if (work.shared(p) && shared_tiles == 0 && p.whole_tiles > 0) {
         // From here on the exchange area belongs to the cluster: earlier tensor stores must have read it.
@@ -151,7 +69,8 @@ __device__ __forceinline__ void consume(const Params& p, const CUtensorMap* out_
 
     int acc[C::kTokens / 2];
     const int steps = range.last - range.first;
-    if constexpr (C::kInt4 && C::kFewTokens) multiply_int4_few<C>(acc, p, s, at, steps, group, lane);
+    if constexpr (C::kGrouped) multiply_grouped<C>(acc, p, s, at, steps, group, lane);
+    else if constexpr (C::kInt4 && C::kFewTokens) multiply_int4_few<C>(acc, p, s, at, steps, group, lane);
     else if constexpr (C::kInt4) multiply_int4<C>(acc, p, s, at, steps, group, lane);
     else multiply_int8<C>(acc, p, s, at, steps, group, lane);
 
@@ -159,9 +78,16 @@ __device__ __forceinline__ void consume(const Params& p, const CUtensorMap* out_
     for (int i = 0; i < kScaleLoads; ++i) {
       const int local = 128 * i + threadIdx.x % 128;
       if (local < C::kTokens) ptx::store_shared_4(group_scales + local * 4, __float_as_uint(x_scale[i]));
+      if constexpr (C::kZeroPoint) {
+        if (local < C::kTokens) ptx::store_shared_4(group_scales + kToSums + local * 4, x_sum[i]);
+      }
     }
     ptx::named_barrier_sync(group_barrier, 128);
     const uint32_t scales = opaque(group_scales);
+    if constexpr (C::kZeroPoint) {
+      // Of the CTAs whose sums are added up, one.
+      if (!work.shared(p) || rank == 0) subtract_zero_points<C>(acc, zero, scales + kToSums, lane);
+    }
     if constexpr (C::kOnePieceShares) {
       if (work.shared(p)) {
         const uint32_t parity = shared_tiles % 2;
@@ -225,6 +151,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
            base + layout.barriers + 16 * kMaxStages,
            base + layout.barriers + 16 * kMaxStages + 8,
            base + layout.barriers + (C::kFewTokens ? 16 * kMaxStages + 16 : 0),
+           base + layout.weight_scales,
            base + layout.barriers + 8 * kMaxStages};
   const bool shares = C::kShares && p.share != kShareNothing;
   const int rank = p.split > 1 || shares ? static_cast<int>(ptx::cluster_rank()) : 0;
@@ -233,8 +160,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     ptx::prefetch_tensor_map(&x_map);
     if (!C::kInt4) ptx::prefetch_tensor_map(&w_map);
     for (int i = 0; i < p.stages; ++i) {
-      ptx::barrier_init(s.full + 8 * i, C::kFewTokens ? 1 : 2);
-      if (C::kFewTokens) ptx::barrier_init(s.full_tokens + 8 * i, 1);
+      ptx::barrier_init(s.full + 8 * i, C::kFewTokens ? 1 : 2 + C::kGrouped);
+      if (C::kFewTokens) ptx::barrier_init(s.full_tokens + 8 * i, 1 + C::kGrouped);
       ptx::barrier_init(s.empty + 8 * i, shares ? 2 * C::kConsumerWarps : C::kConsumerWarps);
     }
     ptx::barrier_init(s.received, 1);
@@ -257,6 +184,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     if constexpr (C::kWarpgroups > 1) ptx::registers_decrease<40>();
     if (threadIdx.x == C::kConsumerThreads) produce_weights<C>(p, &w_map, s, rank);
     else if (threadIdx.x == C::kConsumerThreads + 32) produce_tokens<C>(p, &x_map, s, rank);
+    if constexpr (C::kGrouped) {
+      if (threadIdx.x == C::kConsumerThreads + 64) produce_group_scales<C>(p, s, rank);
+    }
     __syncwarp();
     if (p.split > 1) ptx::cluster_wait();
   } else {

@@ -5,11 +5,18 @@
 
 namespace fg::sm90 {
 
-template <bool kInt4>
-int launch_plan(const GemmArgs& a, const Plan& plan) {
+template <int kWarpgroups, int kTokens, int kStepK>
+using Int4Config = Config<true, kWarpgroups, kTokens, kStepK>;
+template <int kWarpgroups, int kTokens, int kStepK>
+using Int8Config = Config<false, kWarpgroups, kTokens, kStepK>;
+
+// The plan's instance of a kind of product: Int4Config, Int8Config, GroupedConfig or ZeroPointConfig.
+template <template <int, int, int> class Kind>
+int launch_plan(const GemmArgs& a, const Plan& plan, const Extra& extra) {
+  constexpr bool kInt4 = Kind<2, 8, kBoxK>::kInt4;
 #define FG_INSTANCE(warpgroups_, tokens_, step_k_)              \
   if (plan.warpgroups == warpgroups_ && plan.tokens == tokens_) \
-    return launch<Config<kInt4, warpgroups_, tokens_, step_k_>>(a, plan);
+    return launch<Kind<warpgroups_, tokens_, step_k_>>(a, plan, extra);
   if constexpr (kInt4) {
     // With few tokens the requests for a stage take longer than the loads themselves: stages twice as long.
     if (a.k % (2 * kBoxK) == 0) {
@@ -31,12 +38,14 @@ int launch_plan(const GemmArgs& a, const Plan& plan) {
   return FG_ERROR_SIZE;
 }
 
-template <bool kInt4>
-int run_gemm(const GemmArgs& a) {
+// planned_as: the kind of product choose_plan knows; forced: this plan instead, which is_plan() accepts.
+template <template <int, int, int> class Kind>
+int run_gemm(int planned_as, const GemmArgs& a, const Plan* forced = nullptr, const Extra& extra = {}) {
+  if (forced != nullptr) return launch_plan<Kind>(a, *forced, extra);
   int sms = 0;
   const int code = multiprocessors(&sms);
   if (code != FG_OK) return code;
-  return launch_plan<kInt4>(a, choose_plan(kInt4 ? FG_W4A8 : FG_W8A8, a.m, a.n, a.k, a.weights_ready, sms));
+  return launch_plan<Kind>(a, choose_plan(planned_as, a.m, a.n, a.k, a.weights_ready, sms), extra);
 }
 
 }  // namespace fg::sm90

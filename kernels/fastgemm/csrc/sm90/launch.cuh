@@ -62,8 +62,14 @@ int resident_clusters(int device, int size, int* clusters) {
   return FG_OK;
 }
 
+// The operands of ZeroPointConfig that GemmArgs has no place for.
+struct Extra {
+  const uint8_t* zero = nullptr;
+  const int32_t* x_sum = nullptr;
+};
+
 template <class C>
-int launch(const GemmArgs& a, const Plan& plan) {
+int launch(const GemmArgs& a, const Plan& plan, const Extra& extra) {
   const int k_steps = static_cast<int>((a.k + C::kStepK - 1) / C::kStepK);
   const bool shares = plan.share == kShareTokens ? C::kShares : plan.share == kShareWeights && C::kSharesWeights;
   int split = shares ? 1 : plan.split;
@@ -106,6 +112,8 @@ int launch(const GemmArgs& a, const Plan& plan) {
   p.out_dtype = a.out_dtype;
   p.stream_weights = p.token_units <= p.group;
   p.weights_ready = a.weights_ready;
+  p.zero = extra.zero;
+  p.x_sum = extra.x_sum;
   p.ahead_steps = p.stages;
   if (!a.weights_ready && p.ahead_steps > C::kPrefetchBytes / C::kWeightBytes)
     p.ahead_steps = C::kPrefetchBytes / C::kWeightBytes;

@@ -38,15 +38,25 @@ __device__ __forceinline__ void load_packed(uint4 (&raw)[C::kStepK / 64], uint32
   for (int h = 0; h < C::kStepK / 64; ++h) raw[h] = ptx::load_shared_16(address + h * kPackedTile);
 }
 
+// 16 times the nibbles in the high halves of the bytes; unsigned ones minus 8.
+template <class C>
+__device__ __forceinline__ uint32_t high_nibbles(uint32_t w) {
+  if constexpr (!C::kZeroPoint) return w & 0xF0F0F0F0u;
+  uint32_t nibbles;  // (w ^ 0x80808080) & 0xF0F0F0F0, which the compiler makes two instructions
+  asm("lop3.b32 %0, %1, %2, %3, 0x28;" : "=r"(nibbles) : "r"(w), "r"(0x80808080u), "r"(0xF0F0F0F0u));
+  return nibbles;
+}
+
+template <class C>
 __device__ __forceinline__ void unpack(uint32_t (&a)[2][4], const uint4& w) {
-  a[0][0] = w.x & 0xF0F0F0F0u;
-  a[0][1] = (w.x << 4) & 0xF0F0F0F0u;
-  a[0][2] = w.y & 0xF0F0F0F0u;
-  a[0][3] = (w.y << 4) & 0xF0F0F0F0u;
-  a[1][0] = w.z & 0xF0F0F0F0u;
-  a[1][1] = (w.z << 4) & 0xF0F0F0F0u;
-  a[1][2] = w.w & 0xF0F0F0F0u;
-  a[1][3] = (w.w << 4) & 0xF0F0F0F0u;
+  a[0][0] = high_nibbles<C>(w.x);
+  a[0][1] = high_nibbles<C>(w.x << 4);
+  a[0][2] = high_nibbles<C>(w.y);
+  a[0][3] = high_nibbles<C>(w.y << 4);
+  a[1][0] = high_nibbles<C>(w.z);
+  a[1][1] = high_nibbles<C>(w.z << 4);
+  a[1][2] = high_nibbles<C>(w.w);
+  a[1][3] = high_nibbles<C>(w.w << 4);
 }
 
 // int4: the A fragments are double-buffered; those of 64 columns are built while the tensor cores work on the last 64.
@@ -67,7 +77,7 @@ __device__ __forceinline__ void multiply_int4(int (&acc)[C::kTokens / 2], const 
 #pragma unroll
     for (int h = 0; h < kParts; ++h) {
       auto& a = fragment[h % 2];
-      unpack(a, raw[h]);
+      unpack<C>(a, raw[h]);
 #pragma unroll
       for (int i = 0; i < 8; ++i) ptx::wgmma_pin(a[i / 4][i % 4]);
       pin<C>(acc);
@@ -111,7 +121,7 @@ __device__ __forceinline__ void multiply_int4_few(int (&acc)[C::kTokens / 2], co
     const int current = at.stage;
 #pragma unroll
     for (int h = 0; h < kParts; ++h) {
-      unpack(a[h], raw[h]);
+      unpack<C>(a[h], raw[h]);
 #pragma unroll
       for (int i = 0; i < 8; ++i) ptx::wgmma_pin(a[h][i / 4][i % 4]);
     }

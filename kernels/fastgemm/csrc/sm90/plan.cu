@@ -31,6 +31,9 @@ constexpr double kEpilogueUs = 0.0084;           // per 128 rows and token of a 
 constexpr double kReduceUs = 0.50;               // per doubling of the cluster
 constexpr double kExchangeUs = 0.03;             // per 128 rows and token that is exchanged
 constexpr double kPairUs = 1.9;                  // start and end of a pair of CTAs
+// kW4A8Grouped: a conversion, issued every second cycle, and a multiply-add for each accumulator.
+constexpr double kScaleCycles = 1.0;     // per warpgroup and token of a step
+constexpr double kGroupScaleBytes = 4;   // of 128 weights
 
 int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
@@ -41,6 +44,11 @@ int resident_clusters(int sms, int size) {
   return size == 3 ? sms * 35 / 132 : sms * 30 / 33 / size;
 }
 
+double weight_bytes_per_value(int kind) {
+  if (kind == FG_W8A8) return 1;
+  return kind == kW4A8Grouped ? 0.5 + kGroupScaleBytes / 128 : 0.5;
+}
+
 // Of two things that overlap, but not perfectly.
 double smooth_maximum(double a, double b) { return std::sqrt(std::sqrt(a * a * a * a + b * b * b * b)); }
 
@@ -48,10 +56,12 @@ double smooth_maximum(double a, double b) { return std::sqrt(std::sqrt(a * a * a
 // outside the matrix, which take the copy engine longer than real ones.
 double step_us(int kind, int64_t m, Shape shape, Share share) {
   const int token_tiles = ceil_div(m, shape.tokens);
-  const bool int4 = kind == FG_W4A8;
+  const bool int4 = kind != FG_W8A8, grouped = kind == kW4A8Grouped;
   const double w = shape.warpgroups, t = shape.tokens;
-  const double weight_bytes = (int4 ? 4096 : 8192) * w, token_bytes = 128 * t;
-  const double tensor = 4 * w * std::fmax(t / 2, 16) / kCyclesPerUs;
+  const double weight_bytes = (int4 ? 4096 : 8192) * w + (grouped ? 64 * kGroupScaleBytes * w : 0);
+  const double token_bytes = 128 * t;
+  const double scaling = grouped ? kScaleCycles * w * t / kCyclesPerUs : 0;  // while the tensor cores run
+  const double tensor = smooth_maximum(4 * w * std::fmax(t / 2, 16) / kCyclesPerUs, scaling);
   // Each warpgroup reads all tokens; wgmma reads int8 weights from shared memory, too.
   const double shared = (2 * weight_bytes + token_bytes * (w + 1)) / (kSharedBytesPerCycle * kCyclesPerUs);
   const double own_weights = share == kShareWeights ? weight_bytes / 2 : weight_bytes;
@@ -86,7 +96,7 @@ double estimate_us(int kind, int64_t m, int64_t n, int64_t k, bool weights_ready
     us += shared_rounds * ((steps_us + kEpilogueUs * area) / split + kTileUs + kReduceUs * std::log2(split) +
                            kExchangeUs * area * (split - 1) / split);
   if (share != kShareNothing) us += kPairUs;
-  return smooth_maximum(us, static_cast<double>(n) * k * (kind == FG_W4A8 ? 0.5 : 1.0) / kDeviceBytesPerUs);
+  return smooth_maximum(us, static_cast<double>(n) * k * weight_bytes_per_value(kind) / kDeviceBytesPerUs);
 }
 
 }  // namespace
@@ -102,7 +112,7 @@ Plan choose_plan(int kind, int64_t m, int64_t n, int64_t k, bool weights_ready, 
   for (const Shape shape : kShapes) {
     if (m <= 64 ? shape.tokens != narrow : shape.tokens < least) continue;
     for (const Share share : {kShareNothing, kShareTokens, kShareWeights}) {
-      if (share != kShareNothing && shape.tokens < kMinShareTokens) continue;
+      if (share != kShareNothing && (shape.tokens < kMinShareTokens || kind == kW4A8Grouped)) continue;
       if (share == kShareWeights && (kind == FG_W4A8 || m <= shape.tokens)) continue;
       const double step = step_us(kind, m, shape, share);
       for (const int split : {1, 2, 3, 4, 8}) {
@@ -116,6 +126,16 @@ Plan choose_plan(int kind, int64_t m, int64_t n, int64_t k, bool weights_ready, 
     }
   }
   return best;
+}
+
+bool is_plan(const Plan& plan, int64_t m) {
+  for (const Shape shape : kShapes) {
+    if (shape.warpgroups != plan.warpgroups || shape.tokens != plan.tokens) continue;
+    if (shape.tokens <= kMaxThirdsTokens && m > shape.tokens) return false;  // Config::kFewTokens: one token tile
+    if (plan.split == 3) return shape.tokens <= kMaxThirdsTokens;
+    return plan.split == 1 || plan.split == 2 || plan.split == 4 || plan.split == 8;
+  }
+  return false;
 }
 
 // Split reductions go through distributed shared memory.

@@ -88,6 +88,52 @@ __device__ __forceinline__ void produce_weights(const Params& p, const CUtensorM
   }
 }
 
+// Scales of the groups of one step for the rows of a tile.  A last stage that is not full gets the last group twice: what
+// they multiply is 0, because columns of tokens that do not exist are.
+template <class C, bool kPrefetch>
+__device__ __forceinline__ void load_group_scales(const Params& p, uint32_t target, uint32_t full, int row_tile, int step,
+                                                  uint64_t policy) {
+  const int row = row_tile * C::kRows, groups = p.k_blocks / (kGroupSize / 64);
+  const uint32_t bytes = min(C::kRows, p.n - row) * 4;
+  if (!kPrefetch) ptx::barrier_arrive_expect(full, C::kGroups * bytes);
+#pragma unroll
+  for (int h = 0; h < C::kGroups; ++h) {
+    const int group = min(step * C::kGroups + h, groups - 1);
+    const float* source = p.w_scale + static_cast<int64_t>(group) * p.n + row;
+    if constexpr (kPrefetch) ptx::bulk_prefetch(source, bytes, policy);
+    else ptx::bulk_load(target + h * C::kRows * 4, source, bytes, full, policy);
+  }
+}
+
+// Fills the pipeline with group scales, which are loaded ahead as the weights are.  A thread of its own, like the tokens.
+template <class C>
+__device__ __forceinline__ void produce_group_scales(const Params& p, const Shared& s, int rank) {
+  const uint64_t policy = p.stream_weights ? ptx::policy_evict_first() : ptx::policy_evict_unchanged();
+  if (!p.weights_ready) {
+    int count = 0;
+    for (Schedule work(p); work.valid(p) && count < p.ahead_steps; work.advance(p)) {
+      const int row_tile = tile_at<C>(p, work.index).row_tile;
+      const StepRange range = steps_of(p, work.shared(p), rank);
+#pragma unroll 1
+      for (int step = range.first; step < range.last && count < p.ahead_steps; ++step, ++count)
+        load_group_scales<C, true>(p, 0, 0, row_tile, step, policy);
+    }
+    ptx::grid_dependency_wait();
+  }
+  StagePosition at;
+  for (Schedule work(p); work.valid(p); work.advance(p)) {
+    const int row_tile = tile_at<C>(p, work.index).row_tile;
+    const StepRange range = steps_of(p, work.shared(p), rank);
+#pragma unroll 1
+    for (int step = range.first; step < range.last; ++step) {
+      ptx::barrier_wait(s.empty + 8 * at.stage, at.phase ^ 1);
+      load_group_scales<C, false>(p, s.weight_scales + at.stage * C::kScaleBytes, s.full_tokens + 8 * at.stage, row_tile,
+                                  step, policy);
+      at.advance(p.stages);
+    }
+  }
+}
+
 // Fills the pipeline with tokens; shared tokens: with the half of this CTA, for both.  A thread of its own: the weights
 // of a stage take one about as long to request as they take to arrive, and the tokens of the first stages should not
 // queue behind them.

@@ -79,6 +79,7 @@ struct Shared {
   uint32_t stages, exchange, scales;
   uint32_t full, empty, received, receive_free;  // full: of a stage, or with kFewTokens of its weights
   uint32_t full_tokens;                          // the same as `full`, or with kFewTokens of a stage's tokens
+  uint32_t weight_scales;  // of the stages (GroupedConfig)
   uint32_t release;  // `empty` of this CTA, or of CTA lane % 2 of the cluster
 };
 

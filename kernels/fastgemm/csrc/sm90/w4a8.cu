@@ -2,6 +2,6 @@
 
 namespace fg::sm90 {
 
-int w4a8(const GemmArgs& a) { return run_gemm<true>(a); }
+int w4a8(const GemmArgs& a) { return run_gemm<Int4Config>(FG_W4A8, a); }
 
 }  // namespace fg::sm90
