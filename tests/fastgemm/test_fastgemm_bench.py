@@ -110,11 +110,11 @@ def test_token_counts_are_checked(text):
 @pytest.mark.gpu
 def test_small_run(tmp_path):
     path = tmp_path / "result.json"
-    against = "w8a8,cublas-fp16,int-mm,w4a16,fastgemm-sm80,grouped,asymmetric,unfused"
+    against = "w8a8,cublas-fp16,int-mm,w4a16,fastgemm-sm80,grouped,grouped-sm80,asymmetric,asymmetric-sm80,unfused"
     arguments = ["--shapes", "512x1024", "--m", "1,40", "--rounds", "5", "--against", against]
     assert bench.main([*arguments, "--json", str(path), "--plot", str(tmp_path / "f.png")]) == 0
     document = json.loads(path.read_text())
-    assert len(document["rows"]) == 18
+    assert len(document["rows"]) == 22
     assert all(row["correct"] and row["time_us"] > 0 for row in document["rows"])
 
 

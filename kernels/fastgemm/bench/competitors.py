@@ -87,6 +87,26 @@ def _prepare_asymmetric(w: Weights) -> tuple[torch.Tensor, ...]:
     return ablation.pack_unsigned(unsigned), w.scale.clone(), torch.full_like(w.scale, 8, dtype=torch.uint8)
 
 
+def _grouped(**options) -> dict:
+    return {
+        "weight_bits": 4,
+        "stored_bits": 4 + 32 / ablation.GROUP_SIZE,
+        "math": "int8",
+        "prepare": _prepare_grouped,
+        "multiply": lambda w, x: ablation.w4a8_grouped_gemm(x.int8, x.scale, *w, **options),
+    }
+
+
+def _asymmetric(**options) -> dict:
+    return {
+        "weight_bits": 4,
+        "stored_bits": 4,
+        "math": "int8",
+        "prepare": _prepare_asymmetric,
+        "multiply": lambda w, x: ablation.w4a8_asymmetric_gemm(x.int8, x.scale, *w, x_sum=x.sum, **options),
+    }
+
+
 def _int_mm(w: tuple[torch.Tensor, torch.Tensor], x: Activations) -> torch.Tensor:
     # torch refuses 16 rows and fewer; a caller has to pad, so the padding's product is part of the time.
     tokens = x.int8 if x.m > 16 else x.padded
@@ -170,23 +190,18 @@ _KERNELS = [
         multiply=lambda w, x: w4a16.gemm(x.fp16, w),
         note="humming-kernels W4A16, fp16, group size 128, its default tuning",
     ),
-    Kernel(
-        "grouped",
-        weight_bits=4,
-        stored_bits=4 + 32 / ablation.GROUP_SIZE,
-        math="int8",
-        prepare=_prepare_grouped,
-        multiply=lambda w, x: ablation.w4a8_grouped_gemm(x.int8, x.scale, *w),
-        note="ablation: one scale per 128 columns; compare with fastgemm-sm80",
-    ),
+    Kernel("grouped", **_grouped(), note="ablation: one scale per 128 columns; compare with fastgemm"),
+    Kernel("grouped-sm80", **_grouped(arch=80), note="ablation: grouped by mma.sync; compare with fastgemm-sm80"),
     Kernel(
         "asymmetric",
-        weight_bits=4,
-        stored_bits=4,
-        math="int8",
-        prepare=_prepare_asymmetric,
-        multiply=lambda w, x: ablation.w4a8_asymmetric_gemm(x.int8, x.scale, *w),
-        note="ablation: zero points; compare with fastgemm-sm80",
+        **_asymmetric(),
+        note="ablation: zero points; the tokens' sums come with their scales, from the quantization that no row's time "
+        "contains; compare with fastgemm",
+    ),
+    Kernel(
+        "asymmetric-sm80",
+        **_asymmetric(arch=80),
+        note="ablation: zero points subtracted from every weight, by mma.sync; compare with fastgemm-sm80",
     ),
     Kernel(
         "unfused",

@@ -36,7 +36,8 @@ class Weights:
 
 
 class Activations:
-    """m random tokens of k features on the GPU: normal in fp16 and bf16, quantized to int8 for the others."""
+    """m random tokens of k features on the GPU: normal in fp16 and bf16, quantized to int8 for the others, with what a
+    quantizer knows of each token: its scale and the sum of its int8 values."""
 
     def __init__(self, m: int, k: int, seed: int = 1):
         generator = torch.Generator("cuda").manual_seed(seed)
@@ -44,6 +45,7 @@ class Activations:
         self.fp16 = torch.randn(m, k, device="cuda", generator=generator).half()
         self.bf16 = self.fp16.bfloat16()
         self.int8, self.scale = quantize_per_token(self.fp16)
+        self.sum = self.int8.sum(1, dtype=torch.int32)
         self.padded = torch.nn.functional.pad(self.int8, (0, 0, 0, max(0, 32 - m)))
         rows = torch.randperm(m, generator=generator, device="cuda")[: MAX_CHECKED_ROWS - 2]
         self.checked_rows = torch.unique(torch.cat([rows, rows.new_tensor([0, m - 1])]))
