@@ -9,7 +9,9 @@ from pathlib import Path
 
 from odyssey.record import RECORD_NAME, read_record
 
-GEMM_FORMAT = 1
+GEMM_FORMATS = (1, 2)
+# In format 1 these names meant the mma.sync kernels, the only ones there were.
+_FORMAT_1_KERNELS = {"grouped": "grouped-sm80", "asymmetric": "asymmetric-sm80"}
 END_TO_END_FORMAT = "odyssey-end-to-end"
 
 
@@ -101,8 +103,11 @@ def _add_gemm(sources: Sources, path: Path, seen: set) -> None:
     document = _read(path)
     if isinstance(document, dict) and document.get("format") == END_TO_END_FORMAT:
         _add_end_to_end(sources, path, seen)
-    elif not isinstance(document, dict) or document.get("format") != GEMM_FORMAT or "rows" not in document:
-        sources.skipped.append(f"{path}: not a result of fastgemm.bench (format {GEMM_FORMAT})")
+    elif not isinstance(document, dict) or document.get("format") not in GEMM_FORMATS or "rows" not in document:
+        sources.skipped.append(f"{path}: not a result of fastgemm.bench (format {GEMM_FORMATS[-1]})")
     elif path.resolve() not in seen:
         seen.add(path.resolve())
-        sources.gemm.append({**document, "path": str(path)})
+        rows = document["rows"]
+        if document["format"] == 1:
+            rows = [{**row, "kernel": _FORMAT_1_KERNELS.get(row["kernel"], row["kernel"])} for row in rows]
+        sources.gemm.append({**document, "rows": rows, "path": str(path)})

@@ -7,6 +7,8 @@ from experiments.figures import draw_figure6, draw_figure7, draw_gemm
 from experiments.gemm import figure7_table, gemm_kinds, gemm_table
 from experiments.latency_tables import figure6_table, table4_latency, table5_gemm
 from experiments.measured import Measurement
+from experiments.sources import load_sources
+from odyssey.record import write_json
 
 RESULT = gemm_result(
     [
@@ -79,6 +81,16 @@ def test_figure7_compares_ratios():
     assert (rows["FastGEMM W4A8"]["measured_us"], rows["FastGEMM W4A8"]["paper_us"]) == (None, 87.0)
 
 
+def test_names_of_the_first_format_are_the_mma_sync_kernels(tmp_path):
+    write_json(tmp_path / "gemm.json", {**KINDS, "format": 1})
+    (document,) = load_sources([tmp_path]).gemm
+    kernels = [row["kernel"] for row in document["rows"]]
+    assert kernels == ["fastgemm-sm80", "grouped-sm80", "asymmetric-sm80", "unfused", "grouped-sm80", "fastgemm-sm80"]
+    write_json(tmp_path / "gemm.json", KINDS)
+    (document,) = load_sources([tmp_path]).gemm
+    assert document["rows"] == KINDS["rows"]
+
+
 PHASES = {"self-decoding (M = 1)": (1, 10.0), "context decoding (M = 1024)": (1024, 100.0)}
 
 
@@ -86,7 +98,10 @@ PHASES = {"self-decoding (M = 1)": (1, 10.0), "context decoding (M = 1024)": (10
 def both_phases():
     """What the prepared sweep of figure 7 measures: every kind in both phases, two sizes, and a number of tokens that
     is of neither phase."""
-    times = {"fastgemm-sm80": 1.0, "grouped": 1.5, "asymmetric": 1.25, "unfused": 3.0, "fastgemm": 0.5}
+    times = {
+        "fastgemm-sm80": 1.0, "grouped-sm80": 1.5, "asymmetric-sm80": 1.25,
+        "fastgemm": 0.5, "grouped": 0.7, "asymmetric": 0.55, "unfused": 3.0,
+    }  # fmt: skip
     return gemm_result(
         [
             (n, 4096, m, kernel, base * time, True)
@@ -99,20 +114,29 @@ def both_phases():
 
 def test_figure7_has_both_phases(both_phases):
     rows = rows_of(figure7_table([both_phases]))
-    assert len(rows) == 2 * 2 * 5
+    assert len(rows) == 2 * 2 * 7
     assert list(dict.fromkeys(row["stage"] for row in rows)) == list(PHASES)
     for phase, (_, base) in PHASES.items():
         found = {row["kernel"]: row for row in rows if (row["stage"], row["size"]) == (phase, "8192 x 4096")}
         assert {kernel: row["measured_us"] for kernel, row in found.items()} == {
-            "unpack + GEMM": 3 * base, "fine-grained g128": 1.5 * base, "asymmetric": 1.25 * base,
-            "FastGEMM W4A8 (mma.sync)": base, "FastGEMM W4A8": base / 2,
+            "unpack + GEMM": 3 * base, "fine-grained g128 (mma.sync)": 1.5 * base,
+            "asymmetric (mma.sync)": 1.25 * base, "FastGEMM W4A8 (mma.sync)": base,
+            "fine-grained g128": 0.7 * base, "asymmetric": 0.55 * base, "FastGEMM W4A8": base / 2,
         }  # fmt: skip
-        assert found["fine-grained g128"]["measured_ratio"] == 1.5
+        # Like with like: each kind over FastGEMM on the same kernel.
+        ratios = {kernel: row["measured_ratio"] for kernel, row in found.items()}
+        assert ratios == pytest.approx({
+            "unpack + GEMM": 6, "fine-grained g128 (mma.sync)": 1.5, "asymmetric (mma.sync)": 1.25,
+            "FastGEMM W4A8 (mma.sync)": 1, "fine-grained g128": 1.4, "asymmetric": 1.1, "FastGEMM W4A8": 1,
+        })  # fmt: skip
         # The paper's figure is of self-decoding alone.
         papers = {kernel: row["paper_us"] for kernel, row in found.items() if row["paper_us"] is not None}
-        expected = {"fine-grained g128": 264.0, "asymmetric": 87.0, "FastGEMM W4A8": 87.0}
+        expected = {
+            "fine-grained g128 (mma.sync)": 264.0, "asymmetric (mma.sync)": 87.0,
+            "fine-grained g128": 264.0, "asymmetric": 87.0, "FastGEMM W4A8": 87.0,
+        }  # fmt: skip
         assert papers == (expected if phase.startswith("self") else {})
-    assert "| context decoding (M = 1024) | 8192 x 4096 | fine-grained g128 | 150.00 |" in figure7_table(
+    assert "| context decoding (M = 1024) | 8192 x 4096 | fine-grained g128 | 70.00 |" in figure7_table(
         [both_phases]
     ).render("md")
 
@@ -126,7 +150,7 @@ def test_figure7_draws_a_panel_for_each_phase(tmp_path, both_phases):
     assert text.count(">8192 x 4096<") == 2
     assert text.count(">A100-80G<") == 1
     # Twice in each panel, and once the paper's ratio.
-    assert (text.count(">3.00<"), text.count(">0.50<"), text.count(">3.03<")) == (4, 4, 1)
+    assert (text.count(">6.00<"), text.count(">1.40<"), text.count(">3.03<")) == (4, 4, 1)
 
 
 def test_figure7_without_measured_kinds_has_the_papers():

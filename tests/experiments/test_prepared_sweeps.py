@@ -79,7 +79,7 @@ def _gemm_cell(monkeypatch, tmp_path, code):
     def bench(arguments):
         asked.extend(arguments)
         path = next(each.partition("=")[2] for each in arguments if each.startswith("--json="))
-        kinds = (("fastgemm-sm80", 2.0), ("grouped", 6.0))
+        kinds = (("fastgemm-sm80", 2.0), ("grouped-sm80", 6.0))
         rows = [(64, 64, m, kernel, m * time, True) for m in (1, 1024) for kernel, time in kinds]
         if code == 0:
             write_json(tmp_path / path, gemm_result(rows))
@@ -98,12 +98,14 @@ def test_a_gemm_cells_result_is_drawn(monkeypatch, tmp_path, capsys):
     record, asked = _gemm_cell(monkeypatch, tmp_path, 0)
     assert record["outcome"] == "ok", record["reason"]
     assert "--m=1,1024" in asked
-    assert "--against=fastgemm-sm80,grouped,asymmetric,unfused,cublas-fp16" in asked
+    assert (
+        "--against=fastgemm-sm80,grouped,grouped-sm80,asymmetric,asymmetric-sm80,unfused,cublas-fp16" in asked
+    )
     assert len(load_sources([tmp_path]).gemm) == 1
     assert main(["figure7_gemm_kinds", str(tmp_path), "--format", "md"]) == 0
     printed = capsys.readouterr().out
-    assert "| self-decoding (M = 1) | 64 x 64 | fine-grained g128 | 6.00 | 3.00 |" in printed
-    assert "| context decoding (M = 1024) | 64 x 64 | fine-grained g128 | 6144.00 | 3.00 |" in printed
+    assert "| self-decoding (M = 1) | 64 x 64 | fine-grained g128 (mma.sync) | 6.00 | 3.00 |" in printed
+    assert "| context decoding (M = 1024) | 64 x 64 | fine-grained g128 (mma.sync) | 6144.00 | 3.00 |" in printed
     assert main(["status", str(tmp_path), "--format", "csv"]) == 0
     assert "gemm,GEMM (fastgemm),ok" in capsys.readouterr().out
 

@@ -68,7 +68,7 @@ def gemm_result(rows, gpu="GPU 1", commit="fedcba9876543210") -> dict:
     """A result of fastgemm.bench from (n, k, m, kernel, microseconds, correct) tuples."""
     baseline = {row[:3]: row[4] for row in rows if row[3] == "cublas-fp16"}
     return {
-        "format": 1,
+        "format": 2,
         "environment": {"gpu": gpu, "git_commit": commit, "date": "2026-01-02T00:00:00+00:00"},
         "settings": {"rounds": 3},
         "rows": [
