@@ -55,12 +55,9 @@ __device__ __forceinline__ elementwise::Vec<T, kCombineVector> combine_splits(co
       }
     }
   }
-  elementwise::Vec<T, kCombineVector> y;
-  y.v[0] = elementwise::from_float<T>(__fdividef(total.x, sum));
-  y.v[1] = elementwise::from_float<T>(__fdividef(total.y, sum));
-  y.v[2] = elementwise::from_float<T>(__fdividef(total.z, sum));
-  y.v[3] = elementwise::from_float<T>(__fdividef(total.w, sum));
-  return y;
+  const float y[kCombineVector] = {__fdividef(total.x, sum), __fdividef(total.y, sum), __fdividef(total.z, sum),
+                                   __fdividef(total.w, sum)};
+  return elementwise::rounded<T, kCombineVector>(y);
 }
 
 constexpr int kCombineThreads = 512;
@@ -72,7 +69,7 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
   using namespace elementwise;
   constexpr bool kCluster = std::is_same<Out, int8_t>::value && kKept > 0;
   grid_launch_dependents();
-  if constexpr (kCluster) cluster_arrive_relaxed();
+  if constexpr (kCluster) cluster_max_prepare();
   const int64_t row = blockIdx.y;
   const int head_vectors = head_dim / kCombineVector, vectors = num_heads * head_vectors;
   const int share = (vectors + gridDim.x - 1) / gridDim.x;

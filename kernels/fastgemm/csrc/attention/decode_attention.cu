@@ -79,7 +79,7 @@ int run_combine(const Params& p, const Sizes& s, void* out, float* scale, void* 
     return launch_combine<T, 1, kBatch>(p, s, static_cast<T*>(out), nullptr, (vectors + kShare - 1) / kShare, kShare, 0,
                                         stream);
   auto* q = static_cast<int8_t*>(out);
-  int64_t blocks = 1;
+  int64_t blocks = 2;  // cluster_max needs a launch in clusters
   while (blocks < elementwise::kClusterBlocks && vectors > kShare * blocks) blocks *= 2;
   const int64_t share = (vectors + blocks - 1) / blocks;
   if (share <= kCombineThreads && has_dependent_launch())

@@ -1,4 +1,4 @@
-// Programmatic dependent launch and clusters in code that is also compiled for architectures without them.
+// Programmatic dependent launch in code that is also compiled for architectures without it.
 //
 // Kernels here let the next one be scheduled at their very start, so that several kernels of a stream can be resident
 // at once, each waiting for the one before it.  Every kernel waits before it reads an earlier kernel's results or
@@ -28,36 +28,6 @@ __device__ __forceinline__ void grid_dependency_wait() {
 // Brings the line of `address` into the L2 cache.  Nothing is read: safe where an earlier kernel may still write.
 __device__ __forceinline__ void prefetch_l2(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
-}
-
-__device__ __forceinline__ void cluster_arrive_relaxed() {
-#if defined(FG_HAS_DEPENDENT_LAUNCH)
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void cluster_arrive() {
-#if defined(FG_HAS_DEPENDENT_LAUNCH)
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void cluster_wait() {
-#if defined(FG_HAS_DEPENDENT_LAUNCH)
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
-// Writes `value` to the place of `variable` (in shared memory) in block `rank` of the cluster.
-__device__ __forceinline__ void store_remote(const uint32_t* variable, uint32_t rank, uint32_t value) {
-#if defined(FG_HAS_DEPENDENT_LAUNCH)
-  const uint32_t local = static_cast<uint32_t>(__cvta_generic_to_shared(variable));
-  asm volatile(
-      "{\n.reg .u32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\nst.shared::cluster.u32 [remote], %2;\n}\n" ::"r"(
-          local),
-      "r"(rank), "r"(value)
-      : "memory");
-#endif
 }
 
 }  // namespace fg

@@ -44,6 +44,14 @@ __device__ __forceinline__ void barrier_arrive_remote(uint32_t remote_barrier) {
   asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(remote_barrier) : "memory");
 }
 
+// 4 bytes into the shared memory of another CTA of the cluster, counted by a barrier there (both addresses come from
+// remote_address()): the value is visible to whoever waits for that barrier.
+__device__ __forceinline__ void store_remote_4(uint32_t address, uint32_t barrier, uint32_t value) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address), "r"(value),
+               "r"(barrier)
+               : "memory");
+}
+
 __device__ __forceinline__ bool barrier_try_wait(uint32_t barrier, uint32_t parity) {
   uint32_t done;
   asm volatile(
@@ -95,9 +103,10 @@ __device__ __forceinline__ void cluster_arrive_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// By threads of a warp that are not together.
+__device__ __forceinline__ void cluster_wait_alone() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
 // Programmatic dependent launch: wait for the preceding kernel of the stream / let the following one be scheduled.
 // Both do nothing in a kernel launched without the attribute.

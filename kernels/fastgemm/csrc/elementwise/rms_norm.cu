@@ -16,22 +16,19 @@ __device__ __forceinline__ float sum_of_squares(const Vec<T, V>& h) {
 
 template <typename T, int V>
 __device__ __forceinline__ Vec<T, V> normalize(const Vec<T, V>& h, const Vec<T, V>& weight, float rsqrt_mean) {
-  Vec<T, V> y;
+  float normal[V];
 #pragma unroll
-  for (int e = 0; e < V; ++e) {
-    const T normal = from_float<T>(to_float(h.v[e]) * rsqrt_mean);
-    y.v[e] = from_float<T>(to_float(weight.v[e]) * to_float(normal));
-  }
-  return y;
+  for (int e = 0; e < V; ++e) normal[e] = to_float(h.v[e]) * rsqrt_mean;
+  return product(rounded<T, V>(normal), weight);
 }
 
-// residual_out may be the same memory as residual: every element is read and written by one thread.
+// residual_out may be the same memory as residual: every element is read and written by one thread.  columns: k.
 // Out: int8_t (quantized, with scale) or T.
 template <typename T, int V, int kKept, typename Out>
 __global__ void __launch_bounds__(max_threads(kKept), kKept == 2 ? 2 : min_blocks<T>(kKept))
     rms_norm(const T* x, const T* residual, const T* weight, float eps, T* residual_out, Out* y, float* scale,
-             int64_t k) {
-  __shared__ float scratch[kMaxWarps];
+             int64_t k, float columns) {
+  __shared__ __align__(16) float scratch[kMaxWarps];
   grid_launch_dependents();
   if constexpr (kKept > 0) {
     // The activations are fresh in L2; the weight comes from device memory while the preceding kernel finishes.
@@ -55,10 +52,7 @@ __global__ void __launch_bounds__(max_threads(kKept), kKept == 2 ? 2 : min_block
     return raw;
   };
   const auto finish_sum = [&](Raw raw, int index) {
-    if (residual) {
-#pragma unroll
-      for (int e = 0; e < V; ++e) raw.h.v[e] = from_float<T>(to_float(raw.other.v[e]) + to_float(raw.h.v[e]));
-    }
+    if (residual) raw.h = elementwise::sum(raw.other, raw.h);
     if (residual_out) store<T, V>(residual_out + offset, index, raw.h);
     return raw.h;
   };
@@ -95,7 +89,7 @@ __global__ void __launch_bounds__(max_threads(kKept), kKept == 2 ? 2 : min_block
           if constexpr (kKept == kInShared) store<T, V>(row, index, h);
         });
   }
-  const float mean = __fdiv_rn(block_sum(sum, scratch), static_cast<float>(k));
+  const float mean = __fdiv_rn(block_sum(sum, scratch), columns);
   const float rsqrt_mean = rsqrtf(mean + eps);
 
   const auto fetch = [&](int j, int index) {
@@ -134,7 +128,7 @@ int run(const void* x, const void* residual, const void* weight, float eps, int 
     using Element = typename std::conditional<kQuantize, int8_t, T>::type;
     return launch_rows(rms_norm<T, I::V, I::kKept, Element>, m, instance.threads, instance.shared_bytes, stream,
                        static_cast<const T*>(x), static_cast<const T*>(residual), static_cast<const T*>(weight), eps,
-                       static_cast<T*>(residual_out), static_cast<Element*>(y), scale, k);
+                       static_cast<T*>(residual_out), static_cast<Element*>(y), scale, k, static_cast<float>(k));
   });
 }
 

@@ -6,59 +6,23 @@
 // again for every step (kKept = kReread), from the L2 cache when they are fresh.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-#include <stdint.h>
-
-#include <type_traits>
-
 #include "../common/dependency.cuh"
 #include "../common/launch.h"
 #include "../fastgemm.h"
+#include "cluster_max.cuh"
+#include "vector.cuh"
 
 namespace fg {
 namespace elementwise {
 
-template <typename T, int V>
-struct alignas(sizeof(T) * V) Vec {
-  T v[V];
-};
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-template <typename T>
-__device__ __forceinline__ T from_float(float x);
-template <>
-__device__ __forceinline__ float from_float<float>(float x) {
-  return x;
-}
-template <>
-__device__ __forceinline__ __half from_float<__half>(float x) {
-  return __float2half_rn(x);
-}
-template <>
-__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
-  return __float2bfloat16_rn(x);
-}
-
-template <typename T, int V>
-__device__ __forceinline__ Vec<T, V> load(const T* row, int64_t index) {
-  return *reinterpret_cast<const Vec<T, V>*>(row + index * V);
-}
-
-template <typename T, int V>
-__device__ __forceinline__ void store(T* row, int64_t index, const Vec<T, V>& value) {
-  *reinterpret_cast<Vec<T, V>*>(row + index * V) = value;
-}
-
 constexpr int kMaxWarps = 32;
+
+constexpr int kReread = 0;
+constexpr int kInShared = -1;
 
 // Threads of a block and blocks of a multiprocessor, which decide how many registers a thread may have: without the
 // second the compiler takes so many that too few rows are under way.
-__host__ __device__ constexpr int max_threads(int kept) { return kept > 0 ? 512 : 1024; }
+__host__ __device__ constexpr int max_threads(int kept) { return kept > 0 ? 512 : kept == kInShared ? 768 : 1024; }
 
 template <typename T>
 __host__ __device__ constexpr int min_blocks(int kept) {
@@ -67,8 +31,6 @@ __host__ __device__ constexpr int min_blocks(int kept) {
   return kept == 2 ? (std::is_same<T, __nv_bfloat16>::value ? 2 : 3) : 1;
 }
 
-constexpr int kReread = 0;
-constexpr int kInShared = -1;
 constexpr int kLoads = 2;  // vectors a thread loads before it computes with them; more only cost registers
 
 extern __shared__ uint4 shared_row[];  // the row's vectors, with kInShared; a thread only touches its own
@@ -80,10 +42,18 @@ __device__ __forceinline__ float block_sum(float value, float* scratch) {
   const int warps = blockDim.x / 32;
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
   __syncthreads();
-  value = threadIdx.x % 32 < warps ? scratch[threadIdx.x % 32] : 0.0f;
+  // Each thread adds up the warps' sums: sooner done than five more exchanges.
+  float4 sums = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
-  return value;
+  for (int first = 0; first < kMaxWarps; first += 4) {
+    if (first >= warps) break;
+    const float4 part = *reinterpret_cast<const float4*>(scratch + first);
+    sums.x += part.x;
+    sums.y += first + 1 < warps ? part.y : 0.0f;
+    sums.z += first + 2 < warps ? part.z : 0.0f;
+    sums.w += first + 3 < warps ? part.w : 0.0f;
+  }
+  return (sums.x + sums.y) + (sums.z + sums.w);
 }
 
 __device__ __forceinline__ uint32_t block_max(uint32_t value, uint32_t* scratch) {
@@ -92,63 +62,6 @@ __device__ __forceinline__ uint32_t block_max(uint32_t value, uint32_t* scratch)
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
   __syncthreads();
   return __reduce_max_sync(0xffffffffu, threadIdx.x % 32 < warps ? scratch[threadIdx.x % 32] : 0u);
-}
-
-// Blocks of a cluster along x that share a row.
-constexpr int kClusterBlocks = 8;
-
-// The largest of the blocks' values; the blocks must have called cluster_arrive_relaxed() before: a block that has not
-// started has no shared memory to write to.
-__device__ __forceinline__ uint32_t cluster_max(uint32_t value) {
-  __shared__ uint32_t peers[kClusterBlocks];
-  cluster_wait();
-  if (threadIdx.x < gridDim.x) store_remote(&peers[blockIdx.x], threadIdx.x, value);
-  cluster_arrive();
-  cluster_wait();
-  value = 0;
-  for (unsigned i = 0; i < gridDim.x; ++i) value = max(value, peers[i]);
-  return value;
-}
-
-// The magnitude's bits order like the magnitudes themselves, with Inf above every number and NaN above Inf.
-__device__ __forceinline__ uint32_t magnitude_bits(float x) { return __float_as_uint(x) & 0x7fffffffu; }
-
-__device__ __forceinline__ uint32_t saturate_to_int8(float x) {
-  int32_t q;
-  asm("cvt.rni.sat.s8.f32 %0, %1;" : "=r"(q) : "f"(x));  // round half to even; NaN becomes 0
-  return static_cast<uint32_t>(q) & 0xffu;
-}
-
-// Writes rint(x / scale) with IEEE division, saturated to int8, for the elements x of a vector.  Multiplying with the
-// reciprocal is off by at most three units of 2^-24 relative to the quotient, 2.3e-5 for |quotient| <= 128, so only
-// results that close to a tie (and overflows and NaN, which fail the comparison) need the division; then the whole
-// vector is divided, so that there is one branch.
-template <typename T, int V>
-__device__ __forceinline__ void store_quantized(int8_t* row, int64_t index, const Vec<T, V>& y, float scale,
-                                                float reciprocal) {
-  float quotient[V];
-  bool certain = true;
-#pragma unroll
-  for (int e = 0; e < V; ++e) {
-    quotient[e] = to_float(y.v[e]) * reciprocal;
-    certain = certain && fabsf(quotient[e] - rintf(quotient[e])) < 0.49997f;
-  }
-  if (!certain) {
-#pragma unroll
-    for (int e = 0; e < V; ++e) quotient[e] = __fdiv_rn(to_float(y.v[e]), scale);
-  }
-  if constexpr (V == 1) {
-    row[index] = static_cast<int8_t>(saturate_to_int8(quotient[0]));
-  } else {
-    Vec<uint32_t, V / 4> words;
-#pragma unroll
-    for (int w = 0; w < V / 4; ++w) {
-      words.v[w] = 0;
-#pragma unroll
-      for (int b = 0; b < 4; ++b) words.v[w] |= saturate_to_int8(quotient[4 * w + b]) << (8 * b);
-    }
-    *reinterpret_cast<Vec<uint32_t, V / 4>*>(row + index * V) = words;
-  }
 }
 
 // Runs raw = fetch(j, index), then finish(j, index, raw), for every vector of this thread, kLoads at a time, so that
@@ -180,11 +93,10 @@ __device__ __forceinline__ void for_batches(int vectors, Fetch fetch, Finish fin
 // Quantizes the row whose vectors are finish(fetch(j, index)): index is the vector's place in the row, j the number of
 // the thread's kept vector (a compile-time constant after unrolling).  With kReread both are called again for each of
 // the two steps.  With kCluster the row is shared by the blocks of a cluster, the grid's x dimension, and each is given
-// its own vectors of it.
+// its own vectors of it; they have called cluster_max_prepare().
 template <typename T, int V, int kKept, bool kCluster = false, typename Fetch, typename Finish>
 __device__ __forceinline__ void quantize_row(Fetch fetch, Finish finish, int vectors, int8_t* q_row,
                                              float* scale_out) {
-  __shared__ uint32_t scratch[kMaxWarps];
   T* const row = reinterpret_cast<T*>(shared_row);
   Vec<T, V> kept[kKept > 0 ? kKept : 1];
   uint32_t magnitude = 0;
@@ -192,16 +104,19 @@ __device__ __forceinline__ void quantize_row(Fetch fetch, Finish finish, int vec
       vectors, [&](int j, int index) { return fetch(j, index); },
       [&](int j, int index, const auto& raw) {
         const Vec<T, V> y = finish(raw);
-#pragma unroll
-        for (int e = 0; e < V; ++e) magnitude = max(magnitude, magnitude_bits(to_float(y.v[e])));
+        magnitude = max(magnitude, largest_magnitude(y));
         if constexpr (kKept > 0) kept[j] = y;
         if constexpr (kKept == kInShared) store<T, V>(row, index, y);
       });
-  magnitude = block_max(magnitude, scratch);
-  if constexpr (kCluster) magnitude = cluster_max(magnitude);
+  if constexpr (kCluster) {
+    magnitude = cluster_max(magnitude);
+  } else {
+    __shared__ uint32_t scratch[kMaxWarps];
+    magnitude = block_max(magnitude, scratch);
+  }
   const float absmax = __uint_as_float(magnitude);
   const float scale = absmax == 0.0f ? 1.0f : __fdiv_rn(absmax, 127.0f);
-  const float reciprocal = __frcp_rn(scale);
+  const float reciprocal = quantization_reciprocal(scale);
   if (threadIdx.x == 0 && (!kCluster || blockIdx.x == 0)) *scale_out = scale;
   if constexpr (kKept > 0) {
 #pragma unroll
@@ -252,7 +167,7 @@ int for_row_length(int64_t m, int64_t k, Launch launch) {
   const auto threads = [vectors](int kept) { return static_cast<int>((vectors + 32 * kept - 1) / (32 * kept) * 32); };
   if (vectors <= 512) return launch(Instance<T, V, 1>{threads(1), 0});
   if (vectors <= 1024) return launch(Instance<T, V, 2>{threads(2), 0});
-  if (vectors <= 4096) return launch(Instance<T, V, kInShared>{m <= kFewRows ? 1024 : 512, vectors * 16});
+  if (vectors <= 4096) return launch(Instance<T, V, kInShared>{m <= kFewRows ? 768 : 512, vectors * 16});
   return launch(Instance<T, V, kReread>{1024, 0});
 }
 

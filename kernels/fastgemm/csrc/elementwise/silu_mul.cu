@@ -6,46 +6,63 @@ namespace elementwise {
 namespace {
 
 template <typename T, int V>
-struct Pair {
+struct GateUp {
   Vec<T, V> gate, up;
 };
 
+// x / d with IEEE rounding for d from 1 to 2^120 and finite x: what __fdiv_rn does where it does not have to look at
+// exponents first (which costs a branch an element), but that -0 becomes 0.
+__device__ __forceinline__ float divide_by_normal(float x, float d) {
+  float reciprocal;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(d));
+  reciprocal = fmaf(reciprocal, fmaf(-d, reciprocal, 1.0f), reciprocal);
+  const float quotient = x * reciprocal;
+  return fmaf(reciprocal, fmaf(-d, quotient, x), quotient);
+}
+
 template <typename T, int V>
-__device__ __forceinline__ Vec<T, V> silu_mul(const Vec<T, V>& gate, const Vec<T, V>& up) {
-  Vec<T, V> y;
+__device__ __forceinline__ Vec<T, V> silu_mul(const GateUp<T, V>& in) {
+  constexpr float kMost = 80.0f;  // exp(80) < 2^120
+  float denominator[V], activated[V];
 #pragma unroll
   for (int e = 0; e < V; ++e) {
-    const float g = to_float(gate.v[e]);
-    const T activated = from_float<T>(__fdiv_rn(g, 1.0f + expf(-g)));
-    y.v[e] = from_float<T>(to_float(activated) * to_float(up.v[e]));
+    const float gate = to_float(in.gate.v[e]);
+    denominator[e] = 1.0f + expf(-gate);
+    activated[e] = divide_by_normal(gate, denominator[e]);
   }
-  return y;
+  const bool usual = sizeof(T) == 2 && __uint_as_float(largest_magnitude(in.gate)) < kMost;
+  if (__builtin_expect(!usual, 0)) {
+#pragma unroll
+    for (int e = 0; e < V; ++e) activated[e] = __fdiv_rn(to_float(in.gate.v[e]), denominator[e]);
+  }
+  return product(rounded<T, V>(activated), in.up);
 }
 
 template <typename T, int V>
-__device__ __forceinline__ Pair<T, V> load_pair(const T* gate, const T* up, int index) {
-  return Pair<T, V>{load<T, V>(gate, index), load<T, V>(up, index)};
+__device__ __forceinline__ GateUp<T, V> load_gate_up(const T* gate, const T* up, int index) {
+  return GateUp<T, V>{load<T, V>(gate, index), load<T, V>(up, index)};
 }
 
+// With rows in shared memory: three blocks of 512 threads a multiprocessor, which take as many registers as two of 768.
 template <typename T, int V, int kKept>
-__global__ void __launch_bounds__(max_threads(kKept), min_blocks<T>(kKept))
+__global__ void __launch_bounds__(max_threads(kKept), kKept == kInShared ? 2 : min_blocks<T>(kKept))
     silu_mul_quant(const T* gate_up, int8_t* q, float* scale, int64_t i) {
   grid_launch_dependents();
   grid_dependency_wait();
   const int64_t row = blockIdx.x;
   const T* gate = gate_up + row * 2 * i;
   const T* up = gate + i;
-  quantize_row<T, V, kKept>([&](int, int index) { return load_pair<T, V>(gate, up, index); },
-                            [](const Pair<T, V>& pair) { return silu_mul<T, V>(pair.gate, pair.up); },
+  quantize_row<T, V, kKept>([&](int, int index) { return load_gate_up<T, V>(gate, up, index); },
+                            [](const GateUp<T, V>& in) { return silu_mul<T, V>(in); },
                             static_cast<int>(i / V), q + row * i, scale + row);
 }
 
 // Few rows: one row is the work of a cluster, because a single multiprocessor takes microseconds to compute it.
 template <typename T, int V, int kKept>
-__global__ void __launch_bounds__(512, 1)
+__global__ void __launch_bounds__(kMaxClusterThreads, 1)
     silu_mul_quant_cluster(const T* gate_up, int8_t* q, float* scale, int64_t i) {
   grid_launch_dependents();
-  cluster_arrive_relaxed();
+  cluster_max_prepare();
   const int64_t row = blockIdx.y;
   const int vectors = static_cast<int>(i / V);
   const int share = (vectors + kClusterBlocks - 1) / kClusterBlocks;
@@ -53,8 +70,8 @@ __global__ void __launch_bounds__(512, 1)
   grid_dependency_wait();
   const T* gate = gate_up + row * 2 * i + begin * V;
   const T* up = gate + i;
-  quantize_row<T, V, kKept, true>([&](int, int index) { return load_pair<T, V>(gate, up, index); },
-                                  [](const Pair<T, V>& pair) { return silu_mul<T, V>(pair.gate, pair.up); },
+  quantize_row<T, V, kKept, true>([&](int, int index) { return load_gate_up<T, V>(gate, up, index); },
+                                  [](const GateUp<T, V>& in) { return silu_mul<T, V>(in); },
                                   min(share, vectors - begin), q + row * i + begin * V, scale + row);
 }
 
@@ -69,8 +86,7 @@ __global__ void __launch_bounds__(kSiluThreads) silu_mul_rows(const T* gate_up, 
   const int64_t index = static_cast<int64_t>(blockIdx.x % blocks) * kSiluThreads + threadIdx.x;
   if (index >= i / V) return;
   const T* gate = gate_up + row * 2 * i;
-  const Pair<T, V> pair = load_pair<T, V>(gate, gate + i, static_cast<int>(index));
-  store<T, V>(y + row * i, index, silu_mul<T, V>(pair.gate, pair.up));
+  store<T, V>(y + row * i, index, silu_mul<T, V>(load_gate_up<T, V>(gate, gate + i, static_cast<int>(index))));
 }
 
 // With more rows than this every multiprocessor has a row of its own.
