@@ -182,13 +182,17 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   // One consumer warpgroup: the registers suffice as they are.
   if (threadIdx.x >= C::kConsumerThreads) {
     if constexpr (C::kWarpgroups > 1) ptx::registers_decrease<40>();
-    if (threadIdx.x == C::kConsumerThreads) produce_weights<C>(p, &w_map, s, rank);
-    else if (threadIdx.x == C::kConsumerThreads + 32) produce_tokens<C>(p, &x_map, s, rank);
-    if constexpr (C::kGrouped) {
-      if (threadIdx.x == C::kConsumerThreads + 64) produce_group_scales<C>(p, s, rank);
+    // Each of these threads waits for the cluster, as all do, and before it depends on the consumers: under
+    // compute-sanitizer a thread that waits may be held until all do.
+    if (threadIdx.x == C::kConsumerThreads) {
+      produce_weights<C>(p, &w_map, s, rank);
+    } else if (threadIdx.x == C::kConsumerThreads + 32) {
+      produce_tokens<C>(p, &x_map, s, rank);
+    } else if (C::kGrouped && threadIdx.x == C::kConsumerThreads + 64) {
+      if constexpr (C::kGrouped) produce_group_scales<C>(p, s, rank);
+    } else if (p.split > 1) {
+      ptx::cluster_wait_alone();
     }
-    __syncwarp();
-    if (p.split > 1) ptx::cluster_wait();
   } else {
     if constexpr (C::kWarpgroups > 1) ptx::registers_increase<232>();
     consume<C>(p, &out_map, s, rank);

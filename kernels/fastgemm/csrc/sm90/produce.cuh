@@ -71,6 +71,7 @@ template <class C>
 __device__ __forceinline__ void produce_weights(const Params& p, const CUtensorMap* w_map, const Shared& s, int rank) {
   const uint64_t policy = p.stream_weights ? ptx::policy_evict_first() : ptx::policy_evict_unchanged();
   int requested = load_ahead<C>(p, w_map, s, rank, policy);
+  if (p.split > 1) ptx::cluster_wait_alone();
   if (!p.weights_ready) ptx::grid_dependency_wait();
   StagePosition at;
   for (Schedule work(p); work.valid(p); work.advance(p)) {
@@ -120,6 +121,7 @@ __device__ __forceinline__ void produce_group_scales(const Params& p, const Shar
     }
     ptx::grid_dependency_wait();
   }
+  if (p.split > 1) ptx::cluster_wait_alone();
   StagePosition at;
   for (Schedule work(p); work.valid(p); work.advance(p)) {
     const int row_tile = tile_at<C>(p, work.index).row_tile;
@@ -143,6 +145,7 @@ __device__ __forceinline__ void produce_tokens(const Params& p, const CUtensorMa
   const bool halves = C::kShares && p.share == kShareTokens;
   const int half = halves ? rank * (C::kTokens / 2) : 0;
   Schedule work(p);
+  if (p.split > 1) ptx::cluster_wait_alone();
   ptx::grid_dependency_wait();
   StagePosition at;
   for (; work.valid(p); work.advance(p)) {
