@@ -94,7 +94,9 @@ class GroupedW4A8Linear:
     def __call__(self, x: Activation) -> torch.Tensor:
         values, token_scales = x
         if values.is_cuda:
-            output = ablation.w4a8_grouped_gemm(values, token_scales, self.packed, self.scales, self.dtype)
+            output = ablation.w4a8_grouped_gemm(
+                values, token_scales, self.packed, self.scales, self.dtype, weights_ready=True
+            )
             return output if self.bias is None else output.add_(self.bias)
         weight = fastgemm.unpack(self.packed, self.scales.shape[1], values.shape[1])
         output = torch.zeros(values.shape[0], self.scales.shape[1])
