@@ -1,8 +1,8 @@
 """One small product on every Hopper kernel and split, for compute-sanitizer; exits with 1 on a wrong result.
 
     compute-sanitizer --tool memcheck  python tests/fastgemm/sanitize.py
-    compute-sanitizer --tool racecheck python tests/fastgemm/sanitize.py 96      # at most 96 tokens: racecheck is slow
-    compute-sanitizer --tool memcheck  python tests/fastgemm/sanitize.py 400 97  # 97 to 400 tokens
+    compute-sanitizer --tool racecheck python tests/fastgemm/sanitize.py         # all sizes
+    compute-sanitizer --tool racecheck python tests/fastgemm/sanitize.py 400 97  # 97 to 400 tokens
 
 The sizes make the plan choose each tile (8 to 256 tokens) with and without a split reduction, operands that pairs of
 CTAs share, both lengths of a pipeline stage, and tails in M, N and K. Every other call promises that the weights are

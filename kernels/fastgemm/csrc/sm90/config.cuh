@@ -135,7 +135,6 @@ constexpr int pipeline_stages(int split, bool tensor_store) {
 }
 
 struct Params {
-  const uint8_t* w;      // packed int4 tiles (unused for int8)
   const float* x_scale;
   const float* w_scale;  // [N], or [groups, N] with GroupedConfig
   const void* bias;

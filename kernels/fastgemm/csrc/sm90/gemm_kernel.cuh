@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 
   if (threadIdx.x == C::kConsumerThreads) {
     ptx::prefetch_tensor_map(&x_map);
-    if (!C::kInt4) ptx::prefetch_tensor_map(&w_map);
+    ptx::prefetch_tensor_map(&w_map);
     for (int i = 0; i < p.stages; ++i) {
       ptx::barrier_init(s.full + 8 * i, C::kFewTokens ? 1 : 2 + C::kGrouped);
       if (C::kFewTokens) ptx::barrier_init(s.full_tokens + 8 * i, 1 + C::kGrouped);

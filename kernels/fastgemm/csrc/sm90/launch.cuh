@@ -82,7 +82,6 @@ int launch(const GemmArgs& a, const Plan& plan, const Extra& extra) {
   if (code != FG_OK) return code;
 
   Params p{};
-  p.w = static_cast<const uint8_t*>(a.w);
   p.x_scale = a.x_scale;
   p.w_scale = a.w_scale;
   p.bias = a.bias;
@@ -121,9 +120,13 @@ int launch(const GemmArgs& a, const Plan& plan, const Extra& extra) {
   CUtensorMap x_map{}, w_map{}, out_map{};
   const int x_rows = p.share == kShareTokens ? C::kTokens / 2 : C::kTokens;
   code = encode_tensor_map(&x_map, a.x, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.m, a.k, x_rows, kBoxK);
-  const int w_rows = p.share == kShareWeights ? C::kRows / 2 : C::kRows;
-  if (code == FG_OK && !C::kInt4)
+  if (code == FG_OK && C::kInt4) {
+    code = encode_tensor_map(&w_map, a.w, CU_TENSOR_MAP_DATA_TYPE_FLOAT64, 8, int64_t{p.row_blocks} * p.k_blocks,
+                             kPackedTile / 8, C::kStepK / 64, kPackedTile / 8, CU_TENSOR_MAP_SWIZZLE_NONE);
+  } else if (code == FG_OK) {
+    const int w_rows = p.share == kShareWeights ? C::kRows / 2 : C::kRows;
     code = encode_tensor_map(&w_map, a.w, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.n, a.k, w_rows, kBoxK);
+  }
   if (code == FG_OK && tensor_store) {
     const bool wide = a.out_dtype == FG_I32 || a.out_dtype == FG_F32;
     code = encode_tensor_map(&out_map, a.out, wide ? CU_TENSOR_MAP_DATA_TYPE_UINT32 : CU_TENSOR_MAP_DATA_TYPE_UINT16,

@@ -27,7 +27,7 @@ EncodeTiled find_encode_tiled() {
 }  // namespace
 
 int encode_tensor_map(CUtensorMap* map, const void* base, CUtensorMapDataType type, int element_bytes, int64_t rows,
-                      int64_t columns, int box_rows, int box_columns) {
+                      int64_t columns, int box_rows, int box_columns, CUtensorMapSwizzle swizzle) {
   static const EncodeTiled encode = find_encode_tiled();
   if (encode == nullptr) return FG_ERROR_DRIVER;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
@@ -37,7 +37,7 @@ int encode_tensor_map(CUtensorMap* map, const void* base, CUtensorMapDataType ty
   // Promotion to 256 bytes brings in more than a CTA is about to use: W8A8 with few tokens takes 3 to 11 % longer.
   const CUresult result =
       encode(map, type, 2, const_cast<void*>(base), sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? FG_OK : FG_ERROR_DRIVER;
 }
 

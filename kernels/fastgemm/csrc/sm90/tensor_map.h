@@ -6,10 +6,11 @@
 
 namespace fg::sm90 {
 
-// 128-byte swizzled map of a row-major matrix [rows, columns]; the box is box_rows x box_columns elements and
+// Map of a row-major matrix [rows, columns]; the box is box_rows x box_columns elements, with the 128-byte swizzle
 // box_columns must be 128 bytes.  Elements outside the matrix read as zero and are not written.
 // Returns an FG_* code.
 int encode_tensor_map(CUtensorMap* map, const void* base, CUtensorMapDataType type, int element_bytes, int64_t rows,
-                      int64_t columns, int box_rows, int box_columns);
+                      int64_t columns, int box_rows, int box_columns,
+                      CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B);
 
 }  // namespace fg::sm90
