@@ -24,6 +24,7 @@ template <class C>
 __device__ __forceinline__ void consume(const Params& p, const CUtensorMap* out_map, const Shared& s, int rank) {
   const int group = threadIdx.x / 128, lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const int group_barrier = 1 + group;
+  constexpr int kConsumersBarrier = 3;
   const uint32_t group_scales = s.scales + group * C::kTokens * 4;
   constexpr int kToSums = C::kWarpgroups * C::kTokens * 4;  // from a token's scale to its sum (ZeroPointConfig)
   const uint32_t staging = s.exchange + group * 2 * C::kStoreBytes;
@@ -59,9 +60,11 @@ __device__ __forceinline__ void consume(const Params& p, const CUtensorMap* out_
     }
     if constexpr (C::kTensorStore) {
       if (work.shared(p) && shared_tiles == 0 && p.whole_tiles > 0) {
-        // From here on the exchange area belongs to the cluster: earlier tensor stores must have read it.
+        // From here on the exchange area belongs to the cluster: earlier tensor stores must have read it.  All consumers
+        // meet, since a place that one warpgroup wrote may next be read by the other: the way round through the cluster
+        // orders that, too, but not for racecheck to see.
         if (threadIdx.x % 128 == 0) ptx::bulk_wait_read<0>();
-        ptx::named_barrier_sync(group_barrier, 128);
+        ptx::named_barrier_sync(kConsumersBarrier, C::kConsumerThreads);
         report_free<C>(p, s, rank, lane);
       }
     }
