@@ -1,0 +1,234 @@
+"""The sentences of README.md and docs/ that give measured figures, against the committed records.
+
+{} stands for each figure. A sentence that was worded anew has to be worded anew here, too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+import pytest
+from helpers.published import NUMBER, PROJECT, Sentence, figures, products, record
+
+DECODE, PREFILL = "h100/gemm/2026-11-23-decode.json", "h100/gemm/2026-11-23.json"
+ALL_TOKENS, KINDS = "h100/gemm/2026-11-23-all-tokens.json", "h100/gemm/2026-11-23-kinds.json"
+END_TO_END = "h100/end_to_end/2026-11-23-{}.json"
+SEVEN, PEERS, SEVENTY = (END_TO_END.format(name) for name in ("llama2-7b", "peers", "llama2-70b-batch-1"))
+BEFORE_HOPPER_KINDS = "h100/end_to_end/2026-11-22-llama2-7b.json"
+H200 = "h200/end_to_end/2026-11-23-llama2-70b.json"
+THIRTEEN, SEVENTY_IN_TURNS = END_TO_END.format("llama2-13b-batch-1"), "h100/end_to_end/2026-11-22-llama2-70b.json"
+
+
+def ratios(name: str, kernel: str, *others: str, tokens: Iterable[int] | None = None, key="time_us") -> list[float]:
+    """Time of the fastest of `others` over that of `kernel`, at each size and number of tokens of a record."""
+    rows = products(name)
+    return [
+        min(rows[size, m, other][key] for other in others) / row[key]
+        for (size, m, each), row in rows.items()
+        if each == kernel and (tokens is None or m in tokens) and key in row
+    ]
+
+
+def over(name: str, kernel: str, base: str, tokens: Iterable[int]) -> list[float]:
+    """Time of `kernel` over that of `base`."""
+    return [1 / ratio for ratio in ratios(name, kernel, base, tokens=tokens)]
+
+
+def percent(ratio: float) -> float:
+    return 100 * (ratio - 1)
+
+
+def row(name: str, method: str, batch: int = 1) -> dict:
+    (found,) = (each for each in record(name)["rows"] if (each["method"], each["batch_size"]) == (method, batch))
+    return found
+
+
+def total(name: str, method: str, batch: int = 1) -> float:
+    return row(name, method, batch)["total_ms"]
+
+
+def groups() -> tuple[list[float], list[float]]:
+    """Total ms of W4A8 with groups of 128 on 7B at every batch, and their ratios to W4A8."""
+    batches = (1, 4, 16, 32, 64)
+    times = [total(SEVEN, "w4a8-g128", batch) for batch in batches]
+    return times, [time / total(SEVEN, "w4a8", batch) for time, batch in zip(times, batches, strict=True)]
+
+
+def latest_70b() -> list[float]:
+    found = row(SEVENTY, "w4a8")
+    return [found[key] for key in ("total_ms", "prefill_ms", "decode_ms_per_token")] + [
+        found["total_ms"] / found["floor_ms"]
+    ]
+
+
+def in_turns_and_alone() -> Iterator[float]:
+    tokens, peers = (1024, 4096), ("cutlass-w8a8", "humming")
+    fp16 = ratios(PREFILL, "fastgemm", "cublas-fp16", tokens=tokens)
+    yield from (min(fp16), max(fp16), -percent(min(ratios(PREFILL, "fastgemm", "cutlass-w8a8", tokens=tokens))))
+    fp16 = ratios(PREFILL, "fastgemm", "cublas-fp16", tokens=tokens, key="sustained_us")
+    best = ratios(PREFILL, "fastgemm", *peers, tokens=tokens, key="sustained_us")
+    yield from (min(fp16), max(fp16), percent(max(best)))
+
+
+def all_tokens() -> list[float]:
+    fp16 = ratios(ALL_TOKENS, "fastgemm", "cublas-fp16")
+    return [min(fp16), max(fp16), percent(max(over(ALL_TOKENS, "fastgemm", "w8a8", products_tokens(ALL_TOKENS))))]
+
+
+def products_tokens(name: str) -> set[int]:
+    return {m for _, m, _ in products(name)}
+
+
+def best_peer() -> list[float]:
+    found = ratios(DECODE, "fastgemm", "cutlass-w8a8", "humming")
+    return [min(found), max(found)]
+
+
+def our_w8a8() -> list[float]:
+    found = [ratio for name in (DECODE, PREFILL) for ratio in ratios(name, "w8a8", "cutlass-w8a8")]
+    return [-percent(min(found)), min(found), max(found)]
+
+
+def ready() -> list[float]:
+    gain = percent(max(over(DECODE, "fastgemm", "fastgemm-ready", (1, 16, 64, 128, 256))))
+    one = products(DECODE)["22016 x 4096", 1, "fastgemm-ready"]
+    return [gain, one["time_us"], one["speedup_over_fp16"]]
+
+
+def kinds() -> list[float]:
+    few, many = over(KINDS, "grouped", "fastgemm", (1, 16, 64)), over(KINDS, "grouped", "fastgemm", (256, 1024, 4096))
+    zero = over(KINDS, "asymmetric", "fastgemm", (1, 16, 64, 256, 1024, 4096))
+    unfused = over(KINDS, "unfused", "fastgemm", (1,))
+    return [*map(percent, (min(few), max(few), min(many), max(many), max(zero))), min(unfused), max(unfused)]
+
+
+def transformers() -> list[float]:
+    eager, compiled, ours = (total(PEERS, name) for name in (
+        "transformers-fp16", "transformers-compiled-fp16", "w4a8",
+    ))  # fmt: skip
+    return [eager, eager / ours, ours, compiled, compiled / ours]
+
+
+def transformers_steps() -> list[float]:
+    eager, ratio, _, compiled, compiled_ratio = transformers()
+    steps = [row(PEERS, f"transformers-{name}fp16")["decode_ms_per_token"] for name in ("", "compiled-")]
+    return [eager, steps[0], ratio, compiled, steps[1], compiled_ratio]
+
+
+def over_ours(method: str, *names: str) -> list[float]:
+    return [total(name, method) / total(name, "w4a8") for name in names]
+
+
+def quantizing() -> list[float]:
+    found = [
+        record(f"{cell}/record.json")
+        for cell in (
+            "cpu/testbed-28m/odyssey-de62cc706963",
+            "h100/testbed-28m/odyssey-f5594e5eb665",
+            "h100/testbed-28m/odyssey-32883522f346",
+        )
+    ]
+    seconds = [each["quantization"]["seconds"] for each in found]
+    memory = [
+        each["memory"]["peak_cuda_bytes" if number else "peak_rss_bytes"] / 1e9 for number, each in enumerate(found)
+    ]
+    perplexity = [each["accuracy"]["perplexity"]["file"]["value"] for each in found]
+    return [seconds[0], memory[0], seconds[1], memory[1], perplexity[1], seconds[2], memory[2], perplexity[2]]
+
+
+def sizes() -> list[float]:
+    ours, full = (record(f"cpu/testbed-28m/{name}/record.json")["size"] for name in (
+        "odyssey-de62cc706963", "fp16-1ef72c4106bb",
+    ))  # fmt: skip
+    return [ours["bits_per_weight"], ours["disk_bytes"] / 1e6, full["disk_bytes"] / 1e6]
+
+
+README, ENGINE = "README.md", "docs/engine.md"
+SENTENCES = {
+    "all tokens": Sentence(
+        README,
+        "W4A8 is between {} and {} times as fast as cuBLAS fp16, and nowhere more than {} % behind our W8A8.",
+        all_tokens,
+    ),
+    "peers": Sentence(README, "it beats every peer at every size ({} to {} times as fast)", best_peer),
+    "prefill": Sentence(
+        README,
+        "at M = 1024 and 4096 W4A8 is, in turns, {} to {} times as fast as fp16 and between {} % behind and level with "
+        "the tuned CUTLASS W8A8; alone {} to {} times as fast as fp16 and up to {} % ahead of every peer.",
+        lambda: list(in_turns_and_alone()),
+    ),
+    "our W8A8": Sentence(
+        README, "is within {} % of the tuned CUTLASS at every size ({} to {} times its speed,", our_w8a8
+    ),
+    "weights_ready": Sentence(README, "decode gains up to {} % more: 22016 x 4096, M = 1: {} us, {}x.", ready),
+    "kinds": Sentence(
+        README,
+        "a scale per group of 128 costs {} to {} % up to 64 tokens and {} to {} % from 256 on; a zero point per "
+        "channel up to {} %; unpacking in a kernel of its own makes a token {} to {} times as expensive.",
+        kinds,
+    ),
+    "70B": Sentence(README, "70B at batch 1 takes {} ms ({} + {}) with the latest, {}x its floor.", latest_70b),
+    "70B, engine": Sentence(ENGINE, "70B at batch 1 takes {} ms ({} + {}) with the latest, {}x its floor.", latest_70b),
+    "groups": Sentence(
+        README,
+        "W4A8 with groups of 128 ({}, {}, {}, {}, {} ms for 7B) is {} to {} % slower than W4A8",
+        lambda: [*groups()[0], percent(min(groups()[1])), percent(max(groups()[1]))],
+    ),
+    "groups, engine": Sentence(
+        ENGINE,
+        "{}, {}, {}, {}, {} ms for 7B at batches 1 to 64, {} to {} times W4A8. (On the mma.sync kernel of the ablation "
+        "it took {} ms at batch 1, {} at 64.)",
+        lambda: (
+            [*groups()[0], min(groups()[1]), max(groups()[1])]
+            + [total(BEFORE_HOPPER_KINDS, "w4a8-g128", batch) for batch in (1, 64)]
+        ),
+    ),
+    "Transformers": Sentence(
+        README,
+        "Transformers takes {} ms for 7B fp16 at batch 1, {} times as long as W4A8 in the same run ({} ms there), and "
+        "compiled with a static cache {} ms, {} times as long.",
+        transformers,
+    ),
+    "Transformers, engine": Sentence(
+        ENGINE,
+        "Transformers fp16, 7B, batch 1: {} ms eagerly ({} ms a token), {} times W4A8 in the same run; compiled with a "
+        "static cache {} ms ({} ms a token), {} times.",
+        transformers_steps,
+    ),
+    "over FP16": Sentence(
+        ENGINE,
+        "W4A8 over FP16 at batch 1: {}x (7B), {}x (13B), {}x (70B, one H200)",
+        lambda: over_ours("fp16", SEVEN, THIRTEEN, H200),
+    ),
+    "over W8A8": Sentence(
+        ENGINE,
+        "Over W8A8: {}x, {}x, {}x (70B; {}x on an H200)",
+        lambda: over_ours("w8a8", SEVEN, THIRTEEN, SEVENTY_IN_TURNS, H200),
+    ),
+    "quantizing": Sentence(
+        README,
+        "Quantizing takes {} s and {} GB of memory on one CPU thread, with the same settings {} s and {} GB of GPU "
+        "memory on an H100 (perplexity {}), and with 128 x 2048 calibration tokens {} s and {} GB there ({};",
+        quantizing,
+    ),
+    "sizes": Sentence(README, "{} bits per weight, {} MB in place of {} MB.", sizes),
+}
+
+
+@pytest.mark.parametrize("name", SENTENCES)
+def test_every_figure_is_the_records(name):
+    sentence = SENTENCES[name]
+    assert sentence.problems((PROJECT / sentence.file).read_text()) == []
+
+
+@pytest.mark.parametrize("name", SENTENCES)
+def test_every_changed_figure_is_found(name):
+    """Each figure, one after the other, in a copy: its last digit is another."""
+    sentence = SENTENCES[name]
+    text = " ".join((PROJECT / sentence.file).read_text().split())
+    (found,) = re.finditer(figures(sentence.words), text)
+    for group in range(1, found.re.groups + 1):
+        assert NUMBER.fullmatch(found[group])
+        last = found.end(group) - 1
+        assert sentence.problems(f"{text[:last]}{(int(text[last]) + 1) % 10}{text[last + 1 :]}")
