@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--dataset", help="only perplexities on this data set")
         command.add_argument("--window", type=int, help="only perplexities with windows of so many tokens")
         command.add_argument("--text", help="only perplexities on the text whose SHA-256 begins like this")
+        command.add_argument("--protocol", metavar="DIGEST", help="only perplexities of this protocol")
         if entry is None:
             command.add_argument("--output", type=Path, metavar="DIR", help="one file per table, and the figures")
         elif entry.draw:
@@ -91,7 +92,7 @@ def _sources(options: argparse.Namespace) -> Sources:
 
 
 def _selection(options: argparse.Namespace) -> Selection:
-    return Selection(options.model, options.dataset, options.window, options.text)
+    return Selection(options.model, options.dataset, options.window, options.text, protocol=options.protocol)
 
 
 def _one(options: argparse.Namespace) -> int:

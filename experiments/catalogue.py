@@ -31,14 +31,15 @@ from experiments.table import Table
 
 @dataclass(frozen=True)
 class Selection:
-    """Which records a table is drawn from; None for any. dataset, window and text (the first digits of its SHA-256) are
-    perplexity's. explain: cells without a record say why."""
+    """Which records a table is drawn from; None for any. dataset, window, text (the first digits of its SHA-256) and
+    protocol (of its digest) are perplexity's. explain: cells without a record say why."""
 
     model: str | None = None
     dataset: str | None = None
     window: int | None = None
     text: str | None = None
     explain: bool = True
+    protocol: str | None = None
 
     def records(self, sources: Sources) -> list[dict]:
         return [each for each in sources.records if self.model in (None, model_of(each))]
@@ -59,6 +60,7 @@ class Selection:
             self.dataset in (None, protocol.dataset)
             and self.window in (None, protocol.window)
             and protocol.text.startswith(self.text or "")
+            and protocol.digest.startswith(self.protocol or "")
         )
 
 

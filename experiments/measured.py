@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 from experiments.recipes import recipe_of
@@ -39,6 +39,11 @@ class Protocol:
     def __str__(self) -> str:
         window = f"windows of {self.window} tokens, " if self.window else ""
         return f"{self.dataset} (text {self.text[:8]}), {window}{self.settings}"
+
+    @property
+    def digest(self) -> str:
+        """Eight hexadecimal digits that name this protocol on the command line."""
+        return hashlib.sha256(repr(astuple(self)).encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True)
@@ -167,10 +172,10 @@ def single_protocol(measurements: list[Measurement]) -> Protocol | None:
         if measurement.protocol is not None:
             protocols[measurement.protocol].append(measurement)
     if len(protocols) > 1:
-        listed = "; ".join(f"{protocol}: {len(found)}" for protocol, found in sorted(protocols.items()))
+        listed = "; ".join(f"{each.digest} {each}: {len(found)}" for each, found in sorted(protocols.items()))
         raise MixedProtocolsError(
             f"records of {len(protocols)} protocols cannot share a column ({listed}); "
-            "choose with --dataset, --text, --window or --model, or name fewer directories"
+            "choose with --protocol, --dataset, --text, --window or --model, or name fewer directories"
         )
     tokens = {}
     for measurement in measurements:

@@ -66,9 +66,7 @@ def _accuracy(sources: Sources) -> list[str]:
         asked = [each for each in found if each.value is None and "wikitext2" in asked_datasets(each.config)]
         groups = {None: asked, **groups}
     for protocol, measurements in groups.items():
-        options = ""
-        if protocol:
-            options = f" --dataset {protocol.dataset} --text {protocol.text[:8]} --window {protocol.window}"
+        options = f" --protocol {protocol.digest}" if protocol else ""
         first = table2_c4 if protocol and protocol.dataset == "c4" else table2_perplexity
         for build in (first, table6_ablation):
             table = build(measurements, not_run)

@@ -107,7 +107,12 @@ def test_mixed_protocols_are_refused_in_one_line_and_can_be_chosen_from(results,
         assert main(["table2_perplexity", str(results), "--format", "csv", *options]) == 0
         frame = pd.read_csv(io.StringIO(capsys.readouterr().out))
         assert frame["measured"].dropna().tolist() == [5.7]
-    for options in (["--dataset", "file"], ["--model", "testbed", "--text", "aaaa", "--window", "2048"]):
+    chosen = re.search(r"([0-9a-f]{8}) file", captured.err)[1]
+    for options in (
+        ["--dataset", "file"],
+        ["--model", "testbed", "--text", "aaaa", "--window", "2048"],
+        ["--protocol", chosen],
+    ):
         assert main(["table2_perplexity", str(results), "--format", "csv", *options]) == 0
         assert len(pd.read_csv(io.StringIO(capsys.readouterr().out))) == 3
 
@@ -171,7 +176,7 @@ def test_report_names_figures_and_commands_that_exist(results, capsys):
     # The commands in the report are taken by the command line and draw the same rows.
     commands = re.findall(r"`python -m experiments (.+)`", text)
     assert len(commands) >= 9
-    (perplexity,) = [command for command in commands if command.startswith("table2_perplexity --dataset file")]
+    (perplexity,) = [command for command in commands if command.startswith("table2_perplexity --protocol")]
     name, *options = perplexity.split()
     assert main([name, str(results), *options, "--format", "md"]) == 0
     assert "| testbed | OdysseyLLM | W4A8 | 36.500 |" in capsys.readouterr().out
@@ -223,3 +228,18 @@ def test_prepared_sweeps_refuse_what_they_cannot_take(project_root):
         check_command_line(
             ["-m", "experiment=table2_perplexity", "model=llama-7b", "method.alpha=0.85"], project_root / "conf"
         )
+
+
+def test_the_commands_of_the_committed_report_draw_its_sections(capsys, monkeypatch):
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    committed = load_sources([Path("results")])
+    monkeypatch.setattr("experiments.__main__.load_sources", lambda directories: committed)
+    sections = re.findall(r"^### .*?(?=^##|\Z)", (root / "results" / "README.md").read_text(), re.M | re.S)
+    for section in sections:
+        command = re.search(r"^`python -m experiments (.*)`$", section, re.M)[1]
+        assert main([*command.split(), "--format", "md"]) == 0, command
+        body = capsys.readouterr().out.split("\n", 2)[2].strip()
+        assert body
+        assert body in section, command
+    assert len(sections) > 20

@@ -98,9 +98,7 @@ def test_a_gemm_cells_result_is_drawn(monkeypatch, tmp_path, capsys):
     record, asked = _gemm_cell(monkeypatch, tmp_path, 0)
     assert record["outcome"] == "ok", record["reason"]
     assert "--m=1,1024" in asked
-    assert (
-        "--against=fastgemm-sm80,grouped,grouped-sm80,asymmetric,asymmetric-sm80,unfused,cublas-fp16" in asked
-    )
+    assert "--against=fastgemm-sm80,grouped,grouped-sm80,asymmetric,asymmetric-sm80,unfused,cublas-fp16" in asked
     assert len(load_sources([tmp_path]).gemm) == 1
     assert main(["figure7_gemm_kinds", str(tmp_path), "--format", "md"]) == 0
     printed = capsys.readouterr().out
