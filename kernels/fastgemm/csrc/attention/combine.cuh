@@ -72,8 +72,10 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
   if constexpr (kCluster) cluster_max_prepare();
   const int64_t row = blockIdx.y;
   const int head_vectors = head_dim / kCombineVector, vectors = num_heads * head_vectors;
-  const int share = (vectors + gridDim.x - 1) / gridDim.x;
-  const int begin = min(vectors, static_cast<int>(blockIdx.x) * share), count = min(share, vectors - begin);
+  // With other kKept one block has the whole row: known to the compiler, for which registers are short there.
+  const int share = kKept == 1 ? (vectors + gridDim.x - 1) / gridDim.x : vectors;
+  const int begin = kKept == 1 ? min(vectors, static_cast<int>(blockIdx.x) * share) : 0;
+  const int count = min(share, vectors - begin);
   const float4* row_partial = reinterpret_cast<const float4*>(partial) + row * splits * vectors;
   const float2* row_stats = stats + row * splits * num_heads;
   Out* target = out + (row * vectors + begin) * kCombineVector;

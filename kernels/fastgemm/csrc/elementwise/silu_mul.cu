@@ -20,7 +20,8 @@ __device__ __forceinline__ float divide_by_normal(float x, float d) {
   return fmaf(reciprocal, fmaf(-d, quotient, x), quotient);
 }
 
-template <typename T, int V>
+// kFewRegisters: the rare division computes its denominators again, because keeping them would spill.
+template <typename T, int V, bool kFewRegisters = false>
 __device__ __forceinline__ Vec<T, V> silu_mul(const GateUp<T, V>& in) {
   constexpr float kMost = 80.0f;  // exp(80) < 2^120
   float denominator[V], activated[V];
@@ -33,7 +34,10 @@ __device__ __forceinline__ Vec<T, V> silu_mul(const GateUp<T, V>& in) {
   const bool usual = sizeof(T) == 2 && __uint_as_float(largest_magnitude(in.gate)) < kMost;
   if (__builtin_expect(!usual, 0)) {
 #pragma unroll
-    for (int e = 0; e < V; ++e) activated[e] = __fdiv_rn(to_float(in.gate.v[e]), denominator[e]);
+    for (int e = 0; e < V; ++e) {
+      const float gate = to_float(in.gate.v[e]);
+      activated[e] = __fdiv_rn(gate, kFewRegisters ? 1.0f + expf(-gate) : denominator[e]);
+    }
   }
   return product(rounded<T, V>(activated), in.up);
 }
@@ -53,7 +57,7 @@ __global__ void __launch_bounds__(max_threads(kKept), kKept == kInShared ? 2 : m
   const T* gate = gate_up + row * 2 * i;
   const T* up = gate + i;
   quantize_row<T, V, kKept>([&](int, int index) { return load_gate_up<T, V>(gate, up, index); },
-                            [](const GateUp<T, V>& in) { return silu_mul<T, V>(in); },
+                            [](const GateUp<T, V>& in) { return silu_mul<T, V, kKept == kInShared>(in); },
                             static_cast<int>(i / V), q + row * i, scale + row);
 }
 
