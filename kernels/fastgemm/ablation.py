@@ -126,8 +126,10 @@ def w4a8_grouped_gemm(
     if group_scale.shape[0] != k // GROUP_SIZE:
         raise ValueError(f"group_scale must have shape [{k // GROUP_SIZE}, {n}], got {list(group_scale.shape)}")
     _require_cuda(x)
-    tensors = [_aligned(x), _aligned(x_scale), w_packed, _aligned(group_scale)]
-    return _launch("grouped", tensors, x.shape[0], n, k, out_dtype, arch, weights_ready, plan)
+    scales = _aligned(group_scale)
+    ready = weights_ready and scales is group_scale  # the kernel just before writes a copy
+    tensors = [_aligned(x), _aligned(x_scale), w_packed, scales]
+    return _launch("grouped", tensors, x.shape[0], n, k, out_dtype, arch, ready, plan)
 
 
 def w4a8_asymmetric_gemm(

@@ -90,6 +90,22 @@ def test_arguments_of_the_asymmetric_product():
         ablation.w4a8_asymmetric_gemm(*large, arch=80)
 
 
+@pytest.mark.parametrize("arranged", [lambda t: t, lambda t: t.t().contiguous().t(), lambda t: t.repeat(1, 2)[:, :16]])
+def test_scales_are_ready_only_where_they_are_not_copied(monkeypatch, arranged):
+    """A copy is what the kernel before the product writes, whatever the caller promises of the original."""
+    launched = []
+    monkeypatch.setattr(ablation, "_require_cuda", lambda x: None)
+    monkeypatch.setattr(ablation, "_launch", lambda kind, tensors, *rest: launched.append((tensors[3], rest[-2])))
+    x, x_scale, packed, scale = grouped_arguments()
+    scale = arranged(torch.rand_like(scale))
+    for promised in (False, True):
+        ablation.w4a8_grouped_gemm(x, x_scale, packed, scale, weights_ready=promised)
+        given, ready = launched.pop()
+        assert torch.equal(given, scale)
+        assert given.is_contiguous()
+        assert ready == (promised and given is scale)
+
+
 def test_a_plan_is_of_a_known_kind():
     with pytest.raises(ValueError, match="kind must be one of grouped, asymmetric"):
         ablation.hopper_plan("per-channel", 1, 16, 128)
