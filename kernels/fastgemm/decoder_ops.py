@@ -183,8 +183,10 @@ def decode_attention(
         num_heads: number of query heads, a multiple of kv_heads.
         softmax_scale: factor of the scores; None: 1 / sqrt(head_dim).
         window: positions attended to, the token's own included; None: all.
-        cache_ready: CUDA only. A promise that the kernel before this one on the stream does not write the caches, as
-            is so where it computes `qkv`. The earlier positions are then loaded while that kernel still runs.
+        cache_ready: CUDA only. A promise that no kernel of the stream that may still be running writes the caches. The
+            kernel before this one may itself have begun before those ahead of it ended, as most kernels here do on
+            Hopper; behind `w4a8_gemm` and `w8a8_gemm` only that one may be running. The earlier positions are then
+            loaded while it still runs.
 
     Returns:
         [batch, num_heads * head_dim] in the dtype of `qkv`.

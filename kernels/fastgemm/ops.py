@@ -105,9 +105,10 @@ def w4a8_gemm(
             None).
         arch: CUDA only. 0: the best kernel for the device; 80: the `mma.sync` kernel (Ampere, Ada, and runs on
             Hopper); 90: the `wgmma` kernel (Hopper).
-        weights_ready: CUDA only. A promise that the kernel before this one on the stream does not write
-            `w_packed`, as is always so when a trained model runs. The Hopper kernel then starts to load the weight
-            while that kernel still runs. Everything else, `w_scale` too, is read after it.
+        weights_ready: CUDA only. A promise that no kernel of the stream that may still be running (the one before,
+            and others where that one began before they ended) writes `w_packed`, as is always so when a trained
+            model runs. The Hopper kernel then starts to load the weight while they still run. Everything else,
+            `w_scale` too, is read after them.
 
     Returns:
         [M, N] of dtype `out_dtype`.

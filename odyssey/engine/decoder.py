@@ -105,6 +105,7 @@ class Decoder:
         for index, layer in enumerate(self.weights.layers):
             x, residual = self._norm(hidden, residual, layer.input_norm, layer.qkv.takes_int8)
             attention = fastgemm.decode_attention_quant if layer.o.takes_int8 else fastgemm.decode_attention
+            # cache_ready: a layer's cache was last written before this step's embedding, which waits for everything.
             attended = attention(
                 layer.qkv(x), self._cos_sin, lengths, cache.keys[index][:count], cache.values[index][:count],
                 shapes.num_heads, window=shapes.windows[index], cache_ready=True,

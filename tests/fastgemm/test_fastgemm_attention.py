@@ -146,7 +146,18 @@ def operator_cases():
         "rope_append": (ops.rope_append, append),
         "decode_attention": (ops.decode_attention, p.arguments()),
         "decode_attention_quant": (ops.decode_attention_quant, (*p.arguments(), 0.5, 4)),
+        "decode_attention_cache_ready": (ops.decode_attention, (*p.arguments(), None, None, True)),
+        "decode_attention_quant_cache_ready": (ops.decode_attention_quant, (*p.arguments(), None, 4, True)),
     }
+
+
+@pytest.mark.parametrize("attention", [fastgemm.decode_attention, fastgemm.decode_attention_quant])
+def test_a_ready_cache_changes_nothing_on_a_cpu(attention):
+    p = problem([0, 3, 9], 4, 2, 8, 10, torch.float16)
+    plain, ready = p.arguments(), p.arguments()
+    expected, got = attention(*plain), attention(*ready, cache_ready=True)
+    for one, other in ((expected, got), (plain[3:5], ready[3:5])):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", list(operator_cases()))

@@ -23,7 +23,7 @@ struct Params {
   int num_heads, kv_heads, group, head_blocks, max_len;
   int window;  // at least 1; max_len: all positions
   int splits;
-  bool cache_ready;  // the preceding kernel does not write the caches: load them before it has finished
+  bool cache_ready;  // no kernel that may still be running writes the caches: load them before the wait
 };
 
 // What one block does: a split of the positions of one sequence, one head of the cache, up to 8 of its query heads.
