@@ -1,9 +1,9 @@
 // One thread block, or with few rows a cluster of them (sm_90), handles one row of activations, which is read from
-// global memory once.  Between the reductions over
-// the row each thread keeps its share of it, as 16-byte vectors: rows of up to 16 KB in registers (kKept vectors a
-// thread), rows of up to 64 KB in shared memory (kKept = kInShared), because so many registers would leave room for
-// one or two blocks a multiprocessor only.  Longer rows, and rows whose length is no multiple of a vector, are read
-// again for every step (kKept = kReread), from the L2 cache when they are fresh.
+// global memory once.  Between the reductions over the row each thread keeps its share of it, as 16-byte vectors: rows
+// of up to 16 KB in registers (kKept vectors a thread), rows of up to 64 KB in shared memory (kKept = kInShared),
+// because so many registers would leave room for one or two blocks a multiprocessor only.  Longer rows, and rows whose
+// length is no multiple of a vector, are read again for every step (kKept = kReread), from the L2 cache when they are
+// fresh.
 #pragma once
 
 #include "../common/dependency.cuh"

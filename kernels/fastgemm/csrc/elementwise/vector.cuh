@@ -142,7 +142,8 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
   return c;
 }
 
-// What store_quantized multiplies with: NaN, which it takes for "divide", where 1 / scale would be inexact or overflow.
+// What store_quantized multiplies with: NaN, which it takes for "divide", where the scale is subnormal: 1 / scale may
+// overflow, and a scale rounded to so few digits makes quotients above 127, which have to be saturated.
 __device__ __forceinline__ float quantization_reciprocal(float scale) {
   constexpr float kLeastNormal = 1.17549435e-38f;
   return scale >= kLeastNormal ? __frcp_rn(scale) : __uint_as_float(0x7fffffffu);
