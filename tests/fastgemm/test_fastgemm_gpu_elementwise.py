@@ -135,6 +135,30 @@ def test_silu_mul_with_and_without_quantization_and_for_few_and_many_rows(dtype,
         assert torch.equal(got_scale, scale[:m])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_silu_mul_of_every_gate(dtype):
+    """All 65536 bit patterns, against float64: half a unit of the result and the fp32 steps before it."""
+    gate = torch.arange(65536, dtype=torch.int32, device="cuda").to(torch.int16).view(dtype)
+    y = fastgemm.silu_mul(torch.stack([gate, torch.ones_like(gate)], 0).view(1, -1))[0]
+    x = gate.double()
+    exact = x / (1 + torch.exp(-x))
+    assert torch.equal(y.isnan(), exact.isnan())
+    exact, got = exact[~exact.isnan()], y[~exact.isnan()].double()
+    finite = exact.to(dtype).isfinite()
+    assert torch.equal(got[~finite], exact.to(dtype)[~finite].double())
+    info = torch.finfo(dtype)
+    # exp(88.7) leaves fp32, and the result is then 0 where it should be at least 88.7 exp(-88.7).
+    smallest = max(info.smallest_normal * info.eps, 2e-37)
+    unit = exact[finite].abs() * info.eps / 2 + smallest
+    assert ((got[finite] - exact[finite]).abs() <= unit * 1.01).all()
+    # The quantizing kernels compute the same: a row of one vector, and one that the blocks of a cluster share.
+    for columns in (8, 8192):
+        rows_of_gates = y.view(-1, columns)
+        fused = fastgemm.silu_mul_quant(torch.cat([gate.view(-1, columns), torch.ones_like(rows_of_gates)], 1))
+        for one, other in zip(fused, fastgemm.quantize_per_token(rows_of_gates), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", LENGTHS)
