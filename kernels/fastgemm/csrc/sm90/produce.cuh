@@ -1,5 +1,6 @@
 // The producer threads: copies into the pipeline.  Weights and tokens travel as tensor copies, whose arrival at a barrier
-// compute-sanitizer's racecheck understands; it takes plain bulk copies into a stage that is used again for races.
+// compute-sanitizer's racecheck understands; it takes plain bulk copies into a stage that is used again for races
+// (the group scales of the ablation still are such).
 #pragma once
 
 #include "../common/ptx_barrier.cuh"
