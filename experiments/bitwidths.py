@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from experiments.accuracy_tables import model_name
 from experiments.comparison import NOT_REPORTED, NOT_RUN
-from experiments.end_to_end import BASELINE, INPUT_LEN, OUTPUT_LEN, Timed
+from experiments.end_to_end import BASELINE, INPUT_LEN, OUTPUT_LEN, Timed, weights_note
 from experiments.not_run import NotRun
 from experiments.paper import STAGES
 from experiments.style import method_name
@@ -61,7 +61,7 @@ def _row(timed: Timed, stage: str, rows: list[Timed]) -> tuple:
     ratio = None
     if milliseconds and base is not None and base.run == timed.run and base.ok:
         ratio = _stage_ms(base, stage) / milliseconds
-    note = "random weights" if row.get("weights") == "random" else None
+    note = weights_note(row)
     shown = milliseconds if timed.ok else row["outcome"]
     return (
         model_name(row["model"]), row["batch_size"], stage, method_name(row["method"]), shown, ratio, None,

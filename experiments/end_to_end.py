@@ -203,9 +203,18 @@ def end_to_end_table(rows: list[Timed]) -> Table:
     return Table("end_to_end", "End-to-end latency in the decode engine", columns, tuple(drawn), notes)
 
 
+def weights_note(row: dict) -> str | None:
+    """Whether a row's weights were random, and its random int4 had the mean that older ones had: activations then grew
+    until they were not finite, which draws less power (docs/engine.md)."""
+    if row.get("weights") != "random":
+        return None
+    biased = "w4" in row["method"] and "random_mean" not in row
+    return "random weights, int4 of mean -0.5" if biased else "random weights"
+
+
 def _note(row: dict) -> str | None:
     reasons = row.get("gpu", {}).get("throttle_reasons")
-    parts = ["random weights" if row.get("weights") == "random" else None]
+    parts = [weights_note(row)]
     if reasons:
         parts.append(f"throttled: {', '.join(reasons)}")
     if row.get("backend"):

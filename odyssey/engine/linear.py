@@ -22,8 +22,12 @@ from odyssey.quantization.scheme import QuantizedWeight
 
 Activation = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
-# Random weights get about this standard deviation, as a trained model's have, so that activations stay finite.
+# Random weights get about this standard deviation, as a trained model's have, and a mean of 0. With all sixteen values
+# of an int4, whose mean is -0.5, what the channels have in common grows from layer to layer until float16 overflows,
+# and products of such activations draw less power than those of a model.
 RANDOM_STD = 0.02
+# Of the integers -7 .. 7 with 0 twice as frequent (the place of -8).
+_INT4_STD = 4.183
 
 
 class FloatLinear:
@@ -199,20 +203,23 @@ def random_linear(
     if form.kernel == "w8a8":
         values = torch.randint(-127, 128, (rows, columns), dtype=torch.int8, **integers)
         return W8A8Linear(values, _constant(rows, RANDOM_STD / 73.6, device), bias_vector, dtype)
-    # Integers -8..7 have a standard deviation of 4.6.
-    scale = RANDOM_STD / 4.6
+    scale = RANDOM_STD / _INT4_STD
     groups = -(-columns // form.group_size) if form.group_size > 0 else 1
     if form.takes_int8:
         if rows % TILE_ROWS or columns % TILE_COLUMNS:
-            packed = fastgemm.pack(torch.randint(-8, 8, (rows, columns), dtype=torch.int8, **integers))
+            values = torch.randint(-8, 8, (rows, columns), dtype=torch.int8, **integers)
+            packed = fastgemm.pack(values.masked_fill_(values == -8, 0))
         else:
             # Without padding any byte is two valid integers.
             packed = torch.randint(0, 256, packed_shape(rows, columns), dtype=torch.uint8, **integers)
+            for nibble, least in ((0xF0, 0x80), (0x0F, 0x08)):
+                packed = torch.where(packed & nibble == least, packed & ~nibble & 0xFF, packed)
         if form.kernel == "w4a8":
             return W4A8Linear(packed, _constant(rows, scale, device), bias_vector, dtype)
         scales = _constant((groups, rows), scale, device)
         return GroupedW4A8Linear(packed, scales, form.group_size, bias_vector, dtype)
     values = torch.randint(0, 16, (rows, columns), dtype=torch.uint8, **integers)
+    values.masked_fill_(values == 0, 8)  # of a zero point of 8
     scales = _constant((rows, groups), scale, device)
     return W4A16Linear(w4a16.pack(values, scales, None, form.group_size, dtype), bias_vector)
 

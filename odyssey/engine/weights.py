@@ -219,7 +219,7 @@ def random_weights(
     dtype: torch.dtype = torch.float16,
     seed: int = 0,
 ) -> DecoderWeights:
-    """Random weights of a model's shapes, made on the device layer by layer: for timing, which no value changes.
+    """Random weights of a model's shapes, made on the device layer by layer: for timing.
 
     Raises UnsupportedError for an architecture or a size that the format's kernel does not take.
     """

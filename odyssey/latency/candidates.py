@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from odyssey.engine.engine import Engine
+from odyssey.engine.weights import RANDOM
 from odyssey.latency.monitor import GpuMonitor
 
 
@@ -28,10 +29,12 @@ class Run:
 
 
 class Candidate(Protocol):
-    """name: of the row. facts: of the row that no other place knows (format, dtype, bytes, ...)."""
+    """name: of the row. facts: of the row that no other place knows (format, dtype, bytes, ...). problem: why the times
+    of the runs so far are not to be reported, or None."""
 
     name: str
     facts: dict
+    problem: str | None
 
     def run(self, prompt: torch.Tensor, output_len: int, monitor: GpuMonitor) -> Run:
         """prompt: int64 [B, length]. Samples the monitor while the GPU works."""
@@ -45,7 +48,7 @@ class EngineCandidate:
 
     def __init__(self, name: str, engine: Engine, batch_size: int, input_len: int) -> None:
         """Captures the graphs; the memory that stays reserved for them is in facts["graph_bytes"]."""
-        self.name, self._engine = name, engine
+        self.name, self._engine, self.problem = name, engine, None
         before = _reserved(engine.device)
         engine.prepare(batch_size, prompt_len=input_len)
         weights = engine.weights
@@ -59,6 +62,8 @@ class EngineCandidate:
             "graph_bytes": max(0, _reserved(engine.device) - before),
             "graphs": engine.device.type == "cuda",
         }
+        if weights.origin == RANDOM:
+            self.facts["random_mean"] = 0.0  # int4 of rows without it had a mean of -0.5
         backend = getattr(getattr(weights.layers[0].qkv, "packed", None), "backend", None)
         if backend is not None:
             self.facts["backend"] = backend
@@ -67,7 +72,7 @@ class EngineCandidate:
         engine, count = self._engine, prompt.shape[0]
         on_gpu = engine.device.type == "cuda"
         started = _clock(engine.device)
-        engine.prefill(prompt)
+        logits = engine.prefill(prompt)
         prefilled = _clock(engine.device)
         marks = [_mark(on_gpu)]
         for _ in range(output_len - 1):
@@ -76,6 +81,10 @@ class EngineCandidate:
         # All steps are queued and the GPU is at work on them.
         monitor.sample()
         ended = _clock(engine.device)
+        if not torch.isfinite(logits).all():
+            self.problem = (
+                "the logits are not finite: products of NaN draw less power, so that times would be too short"
+            )
         steps = [_between(first, second) for first, second in itertools.pairwise(marks)]
         return Run(1e3 * (prefilled - started), 1e3 * (ended - started), steps)
 

@@ -33,6 +33,8 @@ class TransformersCandidate:
     """`model.generate`, greedy. compiled: with its static cache, whose decoding step Transformers compiles
     (torch.compile, CUDA graphs on a GPU); the first run does that."""
 
+    problem = None
+
     def __init__(self, model: nn.Module, name: str, *, compiled: bool, weights: str) -> None:
         self.name, self._model = name, model
         self._options = {"cache_implementation": "static"} if compiled else {}

@@ -176,6 +176,9 @@ class Bench:
             found = {}
             for timing in timings:
                 name = timing.candidate.name
+                if timing.candidate.problem:
+                    failed(next(entry for entry in group if entry.name == name), "failed", timing.candidate.problem)
+                    continue
                 row = row_of(
                     timing, model=self._model, batch_size=case.batch_size, input_len=case.input_len,
                     output_len=case.output_len, floor=self._floor(forms[name], case),

@@ -31,6 +31,8 @@ def require_vllm() -> None:
 class VllmCandidate:
     """vLLM's in-process engine. A run is two requests: one token (the prefill), then all of them."""
 
+    problem = None
+
     def __init__(self, directory: Path, *, batch_size: int, max_len: int, dummy_weights: bool, seed: int) -> None:
         from vllm import LLM
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 import fastgemm
+from odyssey.engine import Engine, random_weights
 from odyssey.engine.formats import FORMATS, LinearFormat, format_of
 from odyssey.engine.linear import quantized_linear, random_linear
 from odyssey.engine.weights import _common_order
@@ -58,6 +60,32 @@ def test_random_layers_have_the_spread_of_trained_ones(form):
     # 512 terms of variance 0.02^2.
     assert float(y.std()) == pytest.approx(512**0.5 * 0.02, rel=0.1)
     assert float(y.mean()) == pytest.approx(0, abs=0.02)
+    # What all inputs have in common is not passed on: a mean of a tenth of the weights' spread would give 1.0 here.
+    common = torch.ones(1, 512)
+    y = layer(fastgemm.quantize_per_token(common) if layer.takes_int8 else common)
+    assert abs(float(y.mean())) < 0.1
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+def test_activations_of_random_layers_do_not_grow_without_bound(form):
+    config = LlamaConfig(
+        hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=8, vocab_size=512,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    engine = Engine(random_weights(config, form, "cpu", torch.float32), batch_size=1, max_len=64)
+    norm, residuals = engine._decoder._norm, []
+
+    def watched(*arguments, **options):
+        result = norm(*arguments, **options)
+        residuals.append(result[1])
+        return result
+
+    engine._decoder._norm = watched
+    assert torch.isfinite(engine.prefill(torch.arange(16)[None])).all()
+    # Each layer adds about as much as the one before it; what all channels have in common is no part of it.
+    last = residuals[-1]
+    assert abs(float(last.mean())) < 0.2 * float(last.std())
+    assert float(last.std()) < 8
 
 
 @pytest.mark.parametrize("form", [form for form in FORMATS.values() if form.kernel not in ("float", "w4a16")], ids=str)

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from experiments.__main__ import main
-from experiments.end_to_end import end_to_end_table, latencies, speedup, speedups, timed_rows
+from experiments.end_to_end import end_to_end_table, latencies, speedup, speedups, timed_rows, weights_note
 from experiments.figures import draw_end_to_end, draw_figure6
 from experiments.latency_tables import figure6_table, table4_latency
 from experiments.sources import END_TO_END_FORMAT, load_sources
@@ -160,3 +160,11 @@ def test_documents_are_found_in_result_directories(tmp_path, capsys):
     assert "other.json: not a result of odyssey.latency" in sources.skipped[0]
     assert main(["end_to_end", str(tmp_path), "--format", "md"]) == 0
     assert "| LLaMA-2-7B | 16 | OdysseyLLM W4A8 |" in capsys.readouterr().out
+
+
+def test_rows_whose_random_int4_had_a_mean_say_so():
+    assert weights_note(row("w4a8", 1.0)) == "random weights, int4 of mean -0.5"
+    assert weights_note(row("w4a16-g128", 1.0)) == "random weights, int4 of mean -0.5"
+    assert weights_note(row("w4a8", 1.0, random_mean=0.0)) == "random weights"
+    assert weights_note(row("w8a8", 1.0)) == "random weights"
+    assert weights_note(row("w4a8", 1.0, weights="checkpoint")) is None

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from odyssey.engine import FORMATS
+from odyssey.engine import FORMATS, random_weights
 from odyssey.errors import UnsupportedError
 from odyssey.latency import sweep
 from odyssey.latency.__main__ import main
@@ -15,7 +15,7 @@ from odyssey.latency.cells import dummy_config
 from odyssey.latency.end_to_end import random_prompt
 from odyssey.latency.monitor import GpuMonitor
 from odyssey.latency.names import METHODS
-from odyssey.latency.sweep import Bench, Case, random_entries
+from odyssey.latency.sweep import Bench, Case, Entry, random_entries
 
 CPU = torch.device("cpu")
 SMALL = ["--models", "tiny", "--device", "cpu", "--input-len", "12", "--output-len", "4", "--repeats", "2"]
@@ -45,6 +45,7 @@ def test_the_command_times_every_method_and_peer(tmp_path, capsys):
         assert set(row) >= ROW_KEYS
         assert row["outcome"] == "ok"
         assert row["weights"] == "random"
+        assert row.get("random_mean") == (0.0 if row["engine"] == "odyssey" else None)
         assert 0 < row["prefill_ms"] < row["total_ms"]
         assert row["decode_ms_per_token"] == pytest.approx((row["total_ms"] - row["prefill_ms"]) / 3, rel=0.5)
         assert row["tokens_per_s"] == pytest.approx(1e3 * 4 * row["batch_size"] / row["total_ms"])
@@ -65,7 +66,7 @@ def test_methods_take_turns():
 
     class Spy:
         def __init__(self, name):
-            self.name, self.facts = name, {}
+            self.name, self.facts, self.problem = name, {}, None
 
         def run(self, prompt, output_len, monitor):
             from odyssey.latency.candidates import Run
@@ -79,6 +80,19 @@ def test_methods_take_turns():
     timings = time_interleaved([Spy("a"), Spy("b")], prompt, output_len=2, warmup=1, repeats=2, monitor=GpuMonitor(CPU))
     assert order == ["a", "b"] * 3
     assert [len(timing.runs) for timing in timings] == [2, 2]
+
+
+def test_times_of_values_that_are_not_finite_are_not_reported():
+    def broken():
+        weights = random_weights(dummy_config("tiny", None), FORMATS["w4a8"], CPU, torch.float32)
+        weights.layers[0].input_norm[0] = float("nan")
+        return weights
+
+    entries = [Entry("broken", FORMATS["w4a8"], broken), *_entries(["w4a8"])]
+    rows = _bench(entries).run(Case(1, 8, 2, 0, 1))
+    assert [row["outcome"] for row in rows] == ["failed", "ok"]
+    assert "not finite" in rows[0]["reason"]
+    assert rows[0]["total_ms"] is None
 
 
 def test_what_does_not_fit_is_a_row_with_both_figures(monkeypatch):
