@@ -183,8 +183,10 @@ def w4a8_asymmetric_gemm(
             raise ValueError(f"x_sum must have shape [{x.shape[0]}], got {list(x_sum.shape)}")
         x_sum = x_sum.contiguous()
     _require_cuda(x)
-    tensors = [_aligned(x), _aligned(x_scale), x_sum, w_packed, w_scale.contiguous(), w_zero.contiguous()]
-    return _launch("asymmetric", tensors, x.shape[0], n, k, out_dtype, arch, weights_ready, plan)
+    scales, zeros = w_scale.contiguous(), w_zero.contiguous()
+    ready = weights_ready and scales is w_scale and zeros is w_zero  # the kernel just before writes a copy
+    tensors = [_aligned(x), _aligned(x_scale), x_sum, w_packed, scales, zeros]
+    return _launch("asymmetric", tensors, x.shape[0], n, k, out_dtype, arch, ready, plan)
 
 
 def hopper_plan(kind: str, m: int, n: int, k: int, *, weights_ready: bool = False) -> tuple[int, int, int]:

@@ -106,6 +106,21 @@ def test_scales_are_ready_only_where_they_are_not_copied(monkeypatch, arranged):
         assert ready == (promised and given is scale)
 
 
+@pytest.mark.parametrize("copied", ["neither", "w_scale", "w_zero"])
+def test_zero_points_are_ready_only_where_nothing_is_copied(monkeypatch, copied):
+    launched = []
+    monkeypatch.setattr(ablation, "_require_cuda", lambda x: None)
+    monkeypatch.setattr(ablation, "_launch", lambda kind, tensors, *rest: launched.append(rest[-2]))
+    x, x_scale, packed, scale, zero = asymmetric_arguments()
+    if copied == "w_scale":
+        scale = scale.repeat_interleave(2)[::2]
+    elif copied == "w_zero":
+        zero = zero.repeat_interleave(2)[::2]
+    for promised in (False, True):
+        ablation.w4a8_asymmetric_gemm(x, x_scale, packed, scale, zero, weights_ready=promised)
+        assert launched.pop() == (promised and copied == "neither")
+
+
 def test_a_plan_is_of_a_known_kind():
     with pytest.raises(ValueError, match="kind must be one of grouped, asymmetric"):
         ablation.hopper_plan("per-channel", 1, 16, 128)
