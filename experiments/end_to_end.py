@@ -205,7 +205,7 @@ def end_to_end_table(rows: list[Timed]) -> Table:
 
 def weights_note(row: dict) -> str | None:
     """Whether a row's weights were random, and its random int4 had the mean that older ones had: activations then grew
-    until they were not finite, which draws less power (docs/engine.md)."""
+    until they were not finite (docs/engine.md)."""
     if row.get("weights") != "random":
         return None
     biased = "w4" in row["method"] and "random_mean" not in row

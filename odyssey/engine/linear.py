@@ -24,7 +24,7 @@ Activation = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 # Random weights get about this standard deviation, as a trained model's have, and a mean of 0. With all sixteen values
 # of an int4, whose mean is -0.5, what the channels have in common grows from layer to layer until float16 overflows,
-# and products of such activations draw less power than those of a model.
+# and the clock at the power limit is not that of a model's activations.
 RANDOM_STD = 0.02
 # Of the integers -7 .. 7 with 0 twice as frequent (the place of -8).
 _INT4_STD = 4.183

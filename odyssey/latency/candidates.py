@@ -83,7 +83,7 @@ class EngineCandidate:
         ended = _clock(engine.device)
         if not torch.isfinite(logits).all():
             self.problem = (
-                "the logits are not finite: products of NaN draw less power, so that times would be too short"
+                "the logits are not finite: times of products of NaN, which become zeros, say nothing about a model"
             )
         steps = [_between(first, second) for first, second in itertools.pairwise(marks)]
         return Run(1e3 * (prefilled - started), 1e3 * (ended - started), steps)
