@@ -27,7 +27,7 @@ from experiments.paired import (
     with_reference,
 )
 from experiments.recipes import FULL_RECIPE, RECIPE_ORDER
-from experiments.style import method_name, method_rank
+from experiments.style import method_name, method_rank, model_name, model_rank
 from experiments.table import Column, Table
 
 _MODEL, _METHOD, _FORMAT = Column("model", "model"), Column("method", "method"), Column("format", "format")
@@ -46,16 +46,6 @@ _COMMONSENSE_TASKS = {
     "hellaswag_preprocessed": "HellaSwag (preprocessed)",
     "arc_easy": "ARC-e",
 }
-
-
-def model_name(model: str) -> str:
-    return paper.MODEL_NAMES.get(model, model)
-
-
-def model_rank(model: str) -> tuple:
-    """The paper's models in the paper's order, then others by name."""
-    names = list(paper.MODEL_NAMES)
-    return (names.index(model), "") if model in names else (len(names), model)
 
 
 def table2_perplexity(measurements: Sequence[Measurement], not_run: NotRun | None = None) -> Table:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from experiments.accuracy_tables import model_name
 from experiments.comparison import NOT_REPORTED, NOT_RUN
 from experiments.end_to_end import BASELINE, INPUT_LEN, OUTPUT_LEN, Timed, weights_note
 from experiments.not_run import NotRun
 from experiments.paper import STAGES
-from experiments.style import method_name
+from experiments.style import method_name, model_name
 from experiments.table import Column, Table
 
 # One format of each bit width: the groups of W4A8 are an ablation of the kernel, not another width.

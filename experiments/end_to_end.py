@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from experiments import paper
 from experiments.comparison import NOT_RUN
 from experiments.measured import Measurement, format_label, model_of, short_commit
-from experiments.style import engine_rank, method_name
+from experiments.style import engine_rank, method_name, model_name, model_rank
 from experiments.table import Column, Table
 from odyssey.record import OK
 
@@ -93,9 +93,7 @@ def _failed_rows(record: dict) -> list[dict]:
 
 def _rank(timed: Timed) -> tuple:
     model, batch_size, method = timed.key
-    models = list(paper.MODEL_NAMES)
-    return (models.index(model) if model in models else len(models), model, timed.device, batch_size,
-            engine_rank(method), method)  # fmt: skip
+    return *model_rank(model), timed.device, batch_size, engine_rank(method), method
 
 
 def speedup(timed: Timed, rows: Iterable[Timed], baseline: str) -> float | None:
@@ -114,7 +112,8 @@ def _beside(timed: Timed, rows: Iterable[Timed], method: str) -> Timed | None:
 def latencies(rows: list[Timed], batch_size: int = 1) -> list[Measurement]:
     """Milliseconds of every method at one batch size, and the ratios of the paper's table 4.
 
-    The paper's are over TensorRT-LLM; ours are over the same format in this project's engine, and the note says so.
+    The paper's are over TensorRT-LLM; ours are over the same format in this project's engine, and the note says so. Of
+    models that the paper does not have there are only the milliseconds.
     """
     found = []
     for timed in rows:
@@ -122,7 +121,7 @@ def latencies(rows: list[Timed], batch_size: int = 1) -> list[Measurement]:
             continue
         name = METHOD if timed.row["method"] == FORMAT else timed.row["method"]
         found.append(_measurement(timed, name, timed.row["total_ms"] if timed.ok else None))
-        if name != METHOD:
+        if name != METHOD or timed.row["model"] not in paper.MODEL_NAMES:
             continue
         for engine, baseline in SAME_FORMAT.items():
             note = f"measured: over {method_name(baseline)} in the same engine and run"
@@ -181,8 +180,7 @@ def end_to_end_table(rows: list[Timed]) -> Table:
     drawn = []
     for timed in rows:
         row = timed.row
-        name = paper.MODEL_NAMES.get(row["model"], row["model"])
-        front = (name, row["batch_size"], method_name(row["method"]))
+        front = (model_name(row["model"]), row["batch_size"], method_name(row["method"]))
         back = (timed.device, timed.commit)
         if not timed.ok:
             drawn.append((*front, *(None,) * 10, *back, f"{row['outcome']}: {row['reason']}"))

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import paper
-from experiments.accuracy_tables import model_name
 from experiments.comparison import NOT_RUN
 from experiments.end_to_end import BASELINE as FP16
 from experiments.end_to_end import Timed
@@ -30,6 +29,7 @@ from experiments.style import (
     kernel_name,
     method_colour,
     method_name,
+    model_name,
 )
 
 _STYLE = {

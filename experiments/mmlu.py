@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from experiments.accuracy_tables import model_name, model_rank
 from experiments.comparison import comparison_table
 from experiments.measured import single_protocol, task_accuracies, with_differences
 from experiments.not_run import NotRun
 from experiments.paired import pair_note, percentage_pair, with_reference
 from experiments.paper import METHOD_FORMATS, MODEL_NAMES
-from experiments.style import method_name, method_rank
+from experiments.style import method_name, method_rank, model_name, model_rank
 from experiments.table import Column, Table
 
 TASK = "mmlu"

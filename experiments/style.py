@@ -1,6 +1,9 @@
-"""How methods and kernels look in tables and figures: order, name, colour (Okabe-Ito, safe for colour blindness)."""
+"""How models, methods and kernels look in tables and figures: order, name, colour (Okabe-Ito, safe for colour
+blindness)."""
 
 from __future__ import annotations
+
+from experiments import paper
 
 METHOD_ORDER = ("fp16", "rtn", "awq", "gptq", "smoothquant", "odyssey")
 _NAMES = {
@@ -18,6 +21,14 @@ _NAMES = {
     "w4a8-g128": "W4A8 g128 (fine-grained)",
     "transformers-fp16": "Transformers FP16, eager",
     "transformers-compiled-fp16": "Transformers FP16, compiled",
+}
+# Models of conf/model that are not the paper's.
+_LATER_MODELS = {
+    "llama-30b": "LLaMA-30B",
+    "llama3-8b": "Llama-3-8B",
+    "llama3-70b": "Llama-3-70B",
+    "mistral-7b": "Mistral-7B",
+    "qwen2.5-7b": "Qwen2.5-7B",
 }
 # Methods of end-to-end latency by their number format, peers first.
 _ENGINE_ORDER = (
@@ -59,6 +70,16 @@ _KERNELS = {
 PAPER_COLOUR = "#BBBBBB"
 COLUMN_WIDTH = 3.4  # inches, of a two-column page
 PAGE_WIDTH = 7.0
+
+
+def model_name(model: str) -> str:
+    return paper.MODEL_NAMES.get(model) or _LATER_MODELS.get(model, model)
+
+
+def model_rank(model: str) -> tuple:
+    """The paper's models in the paper's order, then others by name."""
+    names = list(paper.MODEL_NAMES)
+    return (names.index(model), "") if model in names else (len(names), model)
 
 
 def method_name(method: str) -> str:

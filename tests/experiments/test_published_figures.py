@@ -13,24 +13,28 @@ import pytest
 from helpers.published import NUMBER, PROJECT, Cells, Table, products, record
 
 # Products: the record of a number of tokens (README, "FastGEMM, one product on an H100").
-DECODE, PREFILL = "h100/gemm/2026-11-23-decode.json", "h100/gemm/2026-11-23.json"
+DECODE, PREFILL = "h100/gemm/2026-11-23-decode.json", "h100/gemm/2026-11-23-prefill.json"
 KINDS = "h100/gemm/2026-11-23-kinds.json"
 GEMM_RECORDS = {1: DECODE, 16: DECODE, 64: DECODE, 128: DECODE, 256: DECODE, 1024: PREFILL, 4096: PREFILL}
 SHAPES = {
     "57344 x 8192": "70B gate+up", "8192 x 28672": "70B down", "22016 x 4096": "7B gate+up", "4096 x 4096": "7B o",
 }  # fmt: skip
 PEERS = ("cutlass-w8a8", "humming")
-# End to end: the records of a row, by the model's name in the table and the batch.
-H100, H200 = "h100/end_to_end/2026-11-", "h200/end_to_end/2026-11-23-llama2-70b.json"
+# End to end: the model and the records of a row, by the model's name in the table and the batch.
+H100, H200 = "h100/end_to_end/2026-11-23-{}.json", "h200/end_to_end/2026-11-23-{}.json"
+MODELS = {
+    "7B": "llama2-7b", "13B": "llama2-13b", "70B": "llama2-70b", "70B, H200": "llama2-70b",
+    "Llama-3-8B": "llama3-8b", "Qwen2.5-7B": "qwen2.5-7b",
+}  # fmt: skip
 END_TO_END_RECORDS = {
-    **{("7B", batch): [H100 + "23-llama2-7b.json"] for batch in (1, 4, 16, 32, 64)},
-    ("13B", 1): [H100 + "23-llama2-13b-batch-1.json"],
-    **{("13B", batch): [H100 + "22-llama2-13b.json"] for batch in (4, 16)},
-    ("13B", 32): [H100 + "22-llama2-13b-large-batches.json"],
-    ("13B", 64): [H100 + "23-llama2-13b-batch-64.json", H100 + "22-llama2-13b-large-batches.json"],
-    ("70B", 1): [H100 + "22-llama2-70b.json"],
-    **{("70B", batch): [H100 + "23-llama2-70b.json"] for batch in (4, 16)},
-    **{("70B, H200", batch): [H200] for batch in (1, 4, 16)},
+    **{("7B", batch): [H100.format("llama2-7b")] for batch in (1, 4, 16, 32, 64)},
+    **{("13B", batch): [H100.format("llama2-13b")] for batch in (1, 4, 16, 32)},
+    ("13B", 64): [H100.format("llama2-13b-batch-64"), H100.format("llama2-13b-batch-64-fp16")],
+    ("70B", 1): [H100.format("llama2-70b-batch-1")],
+    **{("70B", batch): [H100.format("llama2-70b")] for batch in (4, 16)},
+    **{("70B, H200", batch): [H200.format("llama2-70b")] for batch in (1, 4, 16)},
+    **{("Llama-3-8B", batch): [H100.format("llama3-8b")] for batch in (1, 16, 64)},
+    **{("Qwen2.5-7B", batch): [H100.format("qwen2.5-7b")] for batch in (1, 16, 64)},
 }
 METHODS = ("fp16", "w8a8", "w4a16-g128", "w4a8")
 # docs/fastgemm.md: the kinds of figure 7 and what each is held against; the measured times beside the limits.
@@ -96,7 +100,7 @@ def end_to_end(model: str, batch: str) -> tuple[dict[str, dict], dict[str, dict]
     for name in END_TO_END_RECORDS[model, int(batch)]:
         for row in record(name)["rows"]:
             size = (row["model"], row["batch_size"], row["input_len"], row["output_len"])
-            if size != (f"llama2-{model.partition(',')[0].lower()}", int(batch), 1024, 128):
+            if size != (MODELS[model], int(batch), 1024, 128):
                 continue
             (timed if row["outcome"] == "ok" else refused)[row["method"]] = row | {"record": name}
     assert len({row["record"] for row in timed.values()}) == 1, "methods of different records took no turns"

@@ -11,15 +11,12 @@ from collections.abc import Iterable
 import pytest
 from helpers.published import NUMBER, PROJECT, Sentence, figures, products, record
 
-DECODE, PREFILL = "h100/gemm/2026-11-23-decode.json", "h100/gemm/2026-11-23.json"
+DECODE, PREFILL = "h100/gemm/2026-11-23-decode.json", "h100/gemm/2026-11-23-prefill.json"
 ALL_TOKENS, KINDS = "h100/gemm/2026-11-23-all-tokens.json", "h100/gemm/2026-11-23-kinds.json"
 END_TO_END = "h100/end_to_end/2026-11-23-{}.json"
-SEVEN, PEERS, SEVENTY = (END_TO_END.format(name) for name in ("llama2-7b", "peers", "llama2-70b-batch-1"))
-BEFORE_HOPPER_KINDS = "h100/end_to_end/2026-11-22-llama2-7b.json"
-H200 = "h200/end_to_end/2026-11-23-llama2-70b.json"
-THIRTEEN, SEVENTY_IN_TURNS = END_TO_END.format("llama2-13b-batch-1"), "h100/end_to_end/2026-11-22-llama2-70b.json"
-THIRTEEN_MORE = "h100/end_to_end/2026-11-22-llama2-13b.json"
-THIRTEEN_LARGE = "h100/end_to_end/2026-11-22-llama2-13b-large-batches.json"
+SEVEN, THIRTEEN = END_TO_END.format("llama2-7b"), END_TO_END.format("llama2-13b")
+PEERS, PEERS_13B = END_TO_END.format("llama2-7b-peers"), END_TO_END.format("llama2-13b-peers")
+SEVENTY, H200 = END_TO_END.format("llama2-70b-batch-1"), "h200/end_to_end/2026-11-23-llama2-70b.json"
 OLDER_KINDS = "h100/gemm/2026-11-22-kinds.json"
 
 
@@ -58,21 +55,14 @@ def groups() -> tuple[list[float], list[float]]:
     return times, [time / total(SEVEN, "w4a8", batch) for time, batch in zip(times, batches, strict=True)]
 
 
-def latest_70b() -> list[float]:
-    found = row(SEVENTY, "w4a8")
-    return [found[key] for key in ("total_ms", "prefill_ms", "decode_ms_per_token")] + [
-        found["total_ms"] / found["floor_ms"]
-    ]
-
-
 def in_turns_and_alone() -> list[float]:
-    tokens, peers = (1024, 4096), ("cutlass-w8a8", "humming")
-    fp16 = ratios(PREFILL, "fastgemm", "cublas-fp16", tokens=tokens)
-    behind = -percent(min(ratios(PREFILL, "fastgemm", "cutlass-w8a8", tokens=tokens)))
-    found = [min(fp16), max(fp16), behind]
-    fp16 = ratios(PREFILL, "fastgemm", "cublas-fp16", tokens=tokens, key="sustained_us")
-    best = ratios(PREFILL, "fastgemm", *peers, tokens=tokens, key="sustained_us")
-    return [*found, min(fp16), max(fp16), percent(max(best))]
+    """Times as fast as fp16, and percent behind and ahead of the best peer: in turns, then each alone."""
+    found = []
+    for key in ("time_us", "sustained_us"):
+        fp16 = ratios(PREFILL, "fastgemm", "cublas-fp16", key=key)
+        best = ratios(PREFILL, "fastgemm", "cutlass-w8a8", "humming", key=key)
+        found += [min(fp16), max(fp16), -percent(min(best)), percent(max(best))]
+    return found
 
 
 def all_tokens() -> list[float]:
@@ -108,6 +98,10 @@ def transformers() -> list[float]:
         "transformers-fp16", "transformers-compiled-fp16", "w4a8",
     ))  # fmt: skip
     return [eager, eager / ours, ours, compiled, compiled / ours]
+
+
+def transformers_13b() -> list[float]:
+    return [total(PEERS_13B, "transformers-fp16"), *over_ours("transformers-fp16", PEERS_13B)]
 
 
 def transformers_steps() -> list[float]:
@@ -154,7 +148,7 @@ def floor() -> list[float]:
 def fp16_over_floor() -> list[float]:
     """Over the rows of the table end to end; and 7B at batch 1."""
     found = {}
-    for name in (THIRTEEN_MORE, THIRTEEN_LARGE, THIRTEEN, SEVEN, H200):  # of 13B at batch 1, the later one
+    for name in (SEVEN, THIRTEEN, H200):
         for each in record(name)["rows"]:
             if (each["method"], each["outcome"]) == ("fp16", "ok"):
                 found[each["model"], each["batch_size"]] = each["total_ms"] / each["floor_ms"]
@@ -198,8 +192,9 @@ SENTENCES = {
     "peers": Sentence(README, "it beats every peer at every size ({} to {} times as fast)", best_peer),
     "prefill": Sentence(
         README,
-        "at M = 1024 and 4096 W4A8 is, in turns, {} to {} times as fast as fp16 and between {} % behind and level with "
-        "the tuned CUTLASS W8A8; alone {} to {} times as fast as fp16 and up to {} % ahead of every peer.",
+        "at M = 1024 and 4096 W4A8 is, in turns, {} to {} times as fast as fp16 and between {} % behind and {} % ahead "
+        "of the best peer, the tuned CUTLASS W8A8; alone {} to {} times as fast as fp16, {} % behind at one size and "
+        "up to {} % ahead at the others.",
         in_turns_and_alone,
     ),
     "our W8A8": Sentence(
@@ -212,8 +207,6 @@ SENTENCES = {
         "channel up to {} %; unpacking in a kernel of its own makes a token {} to {} times as expensive.",
         kinds,
     ),
-    "70B": Sentence(README, "70B at batch 1 takes {} ms ({} + {}) with the latest, {}x its floor.", latest_70b),
-    "70B, engine": Sentence(ENGINE, "70B at batch 1 takes {} ms ({} + {}) with the latest, {}x its floor.", latest_70b),
     "groups": Sentence(
         README,
         "W4A8 with groups of 128 ({}, {}, {}, {}, {} ms for 7B) is {} to {} % slower than W4A8",
@@ -221,24 +214,20 @@ SENTENCES = {
     ),
     "groups, engine": Sentence(
         ENGINE,
-        "{}, {}, {}, {}, {} ms for 7B at batches 1 to 64, {} to {} times W4A8. (On the mma.sync kernel of the ablation "
-        "it took {} ms at batch 1, {} at 64.)",
-        lambda: (
-            [*groups()[0], min(groups()[1]), max(groups()[1])]
-            + [total(BEFORE_HOPPER_KINDS, "w4a8-g128", batch) for batch in (1, 64)]
-        ),
+        "{}, {}, {}, {}, {} ms for 7B at batches 1 to 64, {} to {} times W4A8.",
+        lambda: [*groups()[0], min(groups()[1]), max(groups()[1])],
     ),
     "Transformers": Sentence(
         README,
         "Transformers takes {} ms for 7B fp16 at batch 1, {} times as long as W4A8 in the same run ({} ms there), and "
-        "compiled with a static cache {} ms, {} times as long.",
-        transformers,
+        "compiled with a static cache {} ms, {} times as long; for 13B it takes {} ms, {} times as long.",
+        lambda: [*transformers(), *transformers_13b()],
     ),
     "Transformers, engine": Sentence(
         ENGINE,
         "Transformers fp16, 7B, batch 1: {} ms eagerly ({} ms a token), {} times W4A8 in the same run; compiled with a "
-        "static cache {} ms ({} ms a token), {} times.",
-        transformers_steps,
+        "static cache {} ms ({} ms a token), {} times. 13B eagerly: {} ms, {} times.",
+        lambda: [*transformers_steps(), *transformers_13b()],
     ),
     "over FP16": Sentence(
         ENGINE,
@@ -248,7 +237,7 @@ SENTENCES = {
     "over W8A8": Sentence(
         ENGINE,
         "Over W8A8: {}x, {}x, {}x (70B; {}x on an H200)",
-        lambda: over_ours("w8a8", SEVEN, THIRTEEN, SEVENTY_IN_TURNS, H200),
+        lambda: over_ours("w8a8", SEVEN, THIRTEEN, SEVENTY, H200),
     ),
     "floor": Sentence(
         ENGINE,
