@@ -27,8 +27,13 @@ _LATER_MODELS = {
     "llama-30b": "LLaMA-30B",
     "llama3-8b": "Llama-3-8B",
     "llama3-70b": "Llama-3-70B",
+    "llama3.1-8b": "Llama-3.1-8B",
+    "llama3.1-70b": "Llama-3.1-70B",
     "mistral-7b": "Mistral-7B",
     "qwen2.5-7b": "Qwen2.5-7B",
+    "qwen2.5-14b": "Qwen2.5-14B",
+    "qwen2.5-32b": "Qwen2.5-32B",
+    "qwen2.5-72b": "Qwen2.5-72B",
 }
 # Methods of end-to-end latency by their number format, peers first.
 _ENGINE_ORDER = (

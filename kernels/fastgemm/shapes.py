@@ -31,9 +31,18 @@ _MODELS = {
     "llama2-70b": _Model(8192, 28672, 64, 8),
     "llama3-8b": _Model(4096, 14336, 32, 8),
     "qwen2.5-7b": _Model(3584, 18944, 28, 4),
+    "qwen2.5-14b": _Model(5120, 13824, 40, 8),
+    "qwen2.5-32b": _Model(5120, 27648, 40, 8),
+    "qwen2.5-72b": _Model(8192, 29568, 64, 8),
     "mistral-7b": _Model(4096, 14336, 32, 8),
 }
-_ALIASES = {"llama2-7b": "llama-7b", "llama2-13b": "llama-13b", "llama3-70b": "llama2-70b"}
+_ALIASES = {
+    "llama2-7b": "llama-7b",
+    "llama2-13b": "llama-13b",
+    "llama3-70b": "llama2-70b",
+    "llama3.1-8b": "llama3-8b",
+    "llama3.1-70b": "llama2-70b",
+}
 
 
 def model_names() -> list[str]:

@@ -128,9 +128,18 @@ _KNOWN = {
     "llama2-70b": (8192, 28672, 80, 64, 8, 32000, 4096, 1e-5, 1e4),
     "llama3-8b": (4096, 14336, 32, 32, 8, 128256, 8192, 1e-5, 5e5),
     "llama3-70b": (8192, 28672, 80, 64, 8, 128256, 8192, 1e-5, 5e5),
+    "llama3.1-8b": (4096, 14336, 32, 32, 8, 128256, 131072, 1e-5, 5e5),
+    "llama3.1-70b": (8192, 28672, 80, 64, 8, 128256, 131072, 1e-5, 5e5),
     "mistral-7b": (4096, 14336, 32, 32, 8, 32000, 32768, 1e-5, 1e4),
     "qwen2.5-7b": (3584, 18944, 28, 28, 4, 152064, 131072, 1e-6, 1e6),
+    "qwen2.5-14b": (5120, 13824, 48, 40, 8, 152064, 131072, 1e-5, 1e6),
+    "qwen2.5-32b": (5120, 27648, 64, 40, 8, 152064, 131072, 1e-5, 1e6),
+    "qwen2.5-72b": (8192, 29568, 80, 64, 8, 152064, 131072, 1e-5, 1e6),
 }
+_LLAMA31_ROPE = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
 
 
 def known_config(name: str) -> PreTrainedConfig:
@@ -144,11 +153,12 @@ def known_config(name: str) -> PreTrainedConfig:
             f"or one of {', '.join(_KNOWN)}"
         )
     hidden, intermediate, layers, heads, kv_heads, vocabulary, positions, eps, base = _KNOWN[name]
+    rope = _LLAMA31_ROPE if name.startswith("llama3.1") else {"rope_type": "default"}
     sizes = {
         "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
         "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocabulary,
         "max_position_embeddings": positions, "rms_norm_eps": eps, "tie_word_embeddings": False, "dtype": "float16",
-        "rope_parameters": {"rope_type": "default", "rope_theta": base},
+        "rope_parameters": {**rope, "rope_theta": base},
     }  # fmt: skip
     if name.startswith("mistral"):
         return MistralConfig(**sizes, sliding_window=4096)
