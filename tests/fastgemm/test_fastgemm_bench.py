@@ -1,6 +1,7 @@
 """The benchmark's arithmetic, report and figure without a GPU; one small run with one."""
 
 import json
+from itertools import pairwise, permutations
 
 import pytest
 import torch
@@ -31,6 +32,33 @@ def test_median_and_spread():
     assert t.median_us == 11.0
     low, high = 10.25, 21.0
     assert t.spread == pytest.approx((high - low) / 11.0)
+
+
+class Recorder:
+    """A timer that only says that it had its turn."""
+
+    def __init__(self, name, turns):
+        self.name, self.turns = name, turns
+
+    def sample(self):
+        self.turns.append(self.name)
+
+
+def orders(names, rounds):
+    turns, between = [], []
+    timing.run_interleaved([Recorder(name, turns) for name in names], rounds, lambda: between.append(len(turns)))
+    assert between == [len(names) * (number + 1) for number in range(rounds)]
+    return [tuple(turns[start : start + len(names)]) for start in range(0, len(turns), len(names))]
+
+
+def test_every_round_has_each_kernel_once_and_an_order_of_its_own():
+    names = "abcde"
+    found = orders(names, 200)
+    assert all(sorted(order) == list(names) for order in found)
+    assert found == orders(names, 200)
+    # Each of the 20 pairs of neighbours is expected 200 * 4 / 20 = 40 times.
+    followers = [pair for order in found for pair in pairwise(order)]
+    assert all(20 < followers.count(pair) < 60 for pair in permutations(names, 2))
 
 
 def test_limits_are_bytes_or_operations():

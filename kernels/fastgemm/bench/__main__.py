@@ -26,7 +26,7 @@ from .device import Monitor, environment
 from .plot import draw
 from .problem import Activations, Weights, relative_error
 from .report import add_speedups, format_row, header, make_row, write_json
-from .timing import GraphTimer, read_bandwidth, run_interleaved, weight_copies
+from .timing import ORDER_SEED, GraphTimer, read_bandwidth, run_interleaved, weight_copies
 
 # A continuous run for the energy of a launch. NVML's counter advances every 20 to 100 ms, so the run begins and ends at
 # such a step, which is looked for every few milliseconds.
@@ -142,7 +142,10 @@ def run(options: argparse.Namespace) -> int:
     facts["read_bandwidth_gb_per_s"] = bandwidth / 1e9
     print(f"{facts['gpu']}, read bandwidth {bandwidth / 1e12:.2f} TB/s, commit {facts['git_commit']}")
     print(header())
-    settings = {"shapes": options.shapes, "m": tokens, "kernels": [k.name for k in kernels], "rounds": options.rounds}
+    settings = {
+        "shapes": options.shapes, "m": tokens, "kernels": [k.name for k in kernels], "rounds": options.rounds,
+        "order": f"random in each round, seed {ORDER_SEED}",
+    }  # fmt: skip
 
     rows: list[dict] = []
     for shape in shapes:

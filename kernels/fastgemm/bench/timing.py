@@ -1,6 +1,7 @@
 """Times GPU work: CUDA graphs of many launches, weights rotated past the L2 cache, competitors interleaved."""
 
 import math
+import random
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import torch
 MIN_REPLAY_US = 1000.0
 MAX_LAUNCHES = 500
 WARM_UP_REPLAYS = 3
+ORDER_SEED = 0
 
 
 @dataclass
@@ -94,10 +96,15 @@ class GraphTimer:
 def run_interleaved(timers: Sequence[GraphTimer], rounds: int, between: Callable[[], None] | None = None) -> None:
     """`rounds` samples of every timer in turn, so that a drift of the clocks meets all of them.
 
-    `between` runs after each round, outside the timed region.
+    Each round has an order of its own (random, the same in every run): at the power limit a kernel finds the clock that
+    the ones before it left, and in a fixed order always the same ones.  `between` runs after each round, outside the
+    timed region.
     """
+    shuffle = random.Random(ORDER_SEED).shuffle
+    order = list(timers)
     for _ in range(rounds):
-        for timer in timers:
+        shuffle(order)
+        for timer in order:
             timer.sample()
         if between is not None:
             between()
