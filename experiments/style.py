@@ -23,7 +23,7 @@ _NAMES = {
     "transformers-compiled-fp16": "Transformers FP16, compiled",
 }
 # Models of conf/model that are not the paper's.
-_LATER_MODELS = {
+_OTHER_MODELS = {
     "llama-30b": "LLaMA-30B",
     "llama3-8b": "Llama-3-8B",
     "llama3-70b": "Llama-3-70B",
@@ -78,7 +78,7 @@ PAGE_WIDTH = 7.0
 
 
 def model_name(model: str) -> str:
-    return paper.MODEL_NAMES.get(model) or _LATER_MODELS.get(model, model)
+    return paper.MODEL_NAMES.get(model) or _OTHER_MODELS.get(model, model)
 
 
 def model_rank(model: str) -> tuple:

@@ -46,6 +46,14 @@ def test_every_model_of_the_config_group_is_known(project_root):
         assert known_config(name).num_hidden_layers > 0
 
 
+def test_llama31_has_the_scaled_rope_and_no_other_has():
+    assert known_config("llama3.1-8b").rope_parameters["rope_type"] == "llama3"
+    table, plain = (rope_table(known_config(name), 200, torch.device("cpu")) for name in ("llama3.1-8b", "llama3-8b"))
+    assert not torch.equal(table, plain)
+    for name in PARAMETERS.keys() - {"llama3.1-8b", "llama3.1-70b"}:
+        assert known_config(name).rope_parameters["rope_type"] == "default"
+
+
 @pytest.mark.parametrize(
     "rope",
     [

@@ -11,6 +11,7 @@ from experiments.end_to_end import end_to_end_table, latencies, speedup, speedup
 from experiments.figures import draw_end_to_end, draw_figure6
 from experiments.latency_tables import figure6_table, table4_latency
 from experiments.sources import END_TO_END_FORMAT, load_sources
+from experiments.style import model_name
 from odyssey.latency.__main__ import DOCUMENT_FORMAT
 
 
@@ -160,6 +161,16 @@ def test_documents_are_found_in_result_directories(tmp_path, capsys):
     assert "other.json: not a result of odyssey.latency" in sources.skipped[0]
     assert main(["end_to_end", str(tmp_path), "--format", "md"]) == 0
     assert "| LLaMA-2-7B | 16 | OdysseyLLM W4A8 |" in capsys.readouterr().out
+
+
+def test_a_model_that_the_paper_does_not_have_has_no_ratios_of_its_table():
+    rows = timed_rows([document([row(method, 250.0, model="llama3-8b") for method in ("fp16", "w8a8", "w4a8")])])
+    assert [found.method for found in latencies(rows)] == ["fp16", "w8a8", "odyssey"]
+
+
+def test_every_model_of_the_config_group_has_a_name(project_root):
+    for model in {path.stem for path in (project_root / "conf" / "model").glob("*.yaml")} - {"local", "tiny"}:
+        assert model_name(model) != model
 
 
 def test_rows_whose_random_int4_had_a_mean_say_so():

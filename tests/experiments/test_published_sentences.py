@@ -16,7 +16,9 @@ ALL_TOKENS, KINDS = "h100/gemm/2026-11-23-all-tokens.json", "h100/gemm/2026-11-2
 END_TO_END = "h100/end_to_end/2026-11-23-{}.json"
 SEVEN, THIRTEEN = END_TO_END.format("llama2-7b"), END_TO_END.format("llama2-13b")
 PEERS, PEERS_13B = END_TO_END.format("llama2-7b-peers"), END_TO_END.format("llama2-13b-peers")
+LATER = [END_TO_END.format(name) for name in ("llama3-8b", "qwen2.5-7b")]
 SEVENTY, H200 = END_TO_END.format("llama2-70b-batch-1"), "h200/end_to_end/2026-11-23-llama2-70b.json"
+PREFILL_FIRST = "h100/gemm/2026-11-23-prefill-first.json"
 OLDER_KINDS = "h100/gemm/2026-11-22-kinds.json"
 
 
@@ -63,6 +65,13 @@ def in_turns_and_alone() -> list[float]:
         best = ratios(PREFILL, "fastgemm", "cutlass-w8a8", "humming", key=key)
         found += [min(fp16), max(fp16), -percent(min(best)), percent(max(best))]
     return found
+
+
+def first_run() -> list[float]:
+    """Percent by which the ratios to fp16 of two runs differ at most."""
+    earlier, later = products(PREFILL_FIRST), products(PREFILL)
+    key, found = "speedup_over_fp16", [each for each in earlier if each[2] == "fastgemm"]
+    return [max(abs(percent(earlier[each][key] / later[each][key])) for each in found)]
 
 
 def all_tokens() -> list[float]:
@@ -148,7 +157,7 @@ def floor() -> list[float]:
 def fp16_over_floor() -> list[float]:
     """Over the rows of the table end to end; and 7B at batch 1."""
     found = {}
-    for name in (SEVEN, THIRTEEN, H200):
+    for name in (SEVEN, THIRTEEN, H200, *LATER):
         for each in record(name)["rows"]:
             if (each["method"], each["outcome"]) == ("fp16", "ok"):
                 found[each["model"], each["batch_size"]] = each["total_ms"] / each["floor_ms"]
@@ -197,6 +206,7 @@ SENTENCES = {
         "up to {} % ahead at the others.",
         in_turns_and_alone,
     ),
+    "first run": Sentence(README, "has ratios to fp16 in turns that differ by up to {} %,", first_run),
     "our W8A8": Sentence(
         README, "is within {} % of the tuned CUTLASS at every size ({} to {} times its speed,", our_w8a8
     ),
