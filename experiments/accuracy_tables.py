@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from experiments import paper
 from experiments.comparison import Why, comparison_table, paired_columns, paired_values
+from experiments.differences import with_differences
 from experiments.measured import (
     Measurement,
     Protocol,
@@ -15,7 +16,6 @@ from experiments.measured import (
     single_protocol,
     task_accuracies,
     task_averages,
-    with_differences,
 )
 from experiments.not_run import NotRun
 from experiments.paired import (
@@ -80,7 +80,7 @@ def _perplexity_table(
         f"Perplexity on {title} (the paper's table 2)",
         (_MODEL, _METHOD, _FORMAT),
         _with_format(paper.WIKITEXT2) if papers else {},
-        with_differences(shown, lambda each: (each.model, each.method, each.format)),
+        with_differences(shown, lambda each: (each.model, each.method, each.format), over_seeds=True),
         labels=lambda cell: (model_name(cell[0]), method_name(cell[1]), cell[2]),
         rank=lambda cell: (*model_rank(cell[0]), method_rank(cell[1]), cell[2]),
         number="{:.3f}",
@@ -105,7 +105,7 @@ def table6_ablation(measurements: Sequence[Measurement], not_run: NotRun | None 
         f"Ablation of the recipe, perplexity on {_dataset_name(protocol)} (the paper's table 6)",
         (_MODEL, _FORMAT, Column("recipe", "recipe")),
         reported,
-        with_differences(shown, lambda each: (each.model, each.format, each.recipe)),
+        with_differences(shown, lambda each: (each.model, each.format, each.recipe), over_seeds=True),
         labels=lambda cell: (model_name(cell[0]), cell[1], cell[2]),
         rank=lambda cell: (*model_rank(cell[0]), cell[1], RECIPE_ORDER.index(cell[2])),
         number="{:.3f}",

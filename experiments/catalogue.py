@@ -25,6 +25,7 @@ from experiments.latency_tables import figure6_table, table4_latency, table5_gem
 from experiments.measured import Measurement, Protocol, model_of, perplexities
 from experiments.mmlu import table_mmlu
 from experiments.not_run import NotRun
+from experiments.seeds import table_seeds
 from experiments.sources import Sources
 from experiments.table import Table
 
@@ -107,6 +108,10 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "table5_gemm": Entry("one GEMM against QUIK", _of_products(table5_gemm)),
     "table6_ablation": Entry("the recipe's steps, perplexity", _of_perplexities(table6_ablation)),
+    "table_seeds": Entry(
+        "perplexity over random seeds",
+        lambda sources, selection: table_seeds(selection.perplexities(sources)),
+    ),
     "figure1_bitwidths": Entry(
         "both stages by bit width",
         _of_timed(figure1_table),

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from experiments import paper
 from experiments.comparison import comparison_table
+from experiments.differences import with_differences
 from experiments.end_to_end import BASELINE, METHOD, SAME_FORMAT
 from experiments.gemm import STAGE_TOKENS, gemm_cells
-from experiments.measured import Measurement, single_protocol, with_differences
+from experiments.measured import Measurement, single_protocol
 from experiments.not_run import NotRun, Reason
 from experiments.style import engine_rank, kernel_name, method_name, model_name, model_rank
 from experiments.table import Column, Table

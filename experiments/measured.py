@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass, replace
-from pathlib import Path
 
 from experiments.recipes import recipe_of
 from odyssey.accuracy.statistics import PairedComparison
 from odyssey.record import OK
-
-# What two records of one cell may differ in without that changing the result, or that has a column of its own.
-_NEUTRAL = (
-    "output_dir", "device", "force", "retry", "timeout_s", "preflight", "gemm.", "tracking.", "data.", "latency.",
-    "model.", "accuracy.",
-)  # fmt: skip
 
 
 class MixedProtocolsError(Exception):
@@ -191,35 +184,6 @@ def single_protocol(measurements: list[Measurement]) -> Protocol | None:
     return next(iter(protocols), None)
 
 
-def with_differences(
-    measurements: list[Measurement], key: Callable[[Measurement], tuple]
-) -> dict[tuple, list[Measurement]]:
-    """Measurements by cell, in the order of their records. Where a cell has several, each note names the settings in
-    which they differ, so that nothing is chosen silently. A cell that has a value drops its failed attempts."""
-    cells = defaultdict(list)
-    for measurement in measurements:
-        cells[key(measurement)].append(measurement)
-    for name, found in cells.items():
-        found = [each for each in found if each.value is not None] or found[-1:]
-        flat = [_flatten(each.config or {}) for each in found]
-        keys = sorted({key for settings in flat for key in settings})
-        differing = [
-            key
-            for key in keys
-            if not key.startswith(_NEUTRAL) and len({repr(settings.get(key)) for settings in flat}) > 1
-        ]
-        cells[name] = [
-            replace(each, note=_joined([each.note, *(f"{key}={_shown(key, settings.get(key))}" for key in differing)]))
-            for each, settings in zip(found, flat, strict=True)
-        ]
-    return dict(cells)
-
-
-def _shown(key: str, value: object) -> object:
-    """Of a file its name: where it lay says nothing to a reader."""
-    return Path(str(value)).name if key.endswith("path") and value is not None else value
-
-
 def device_of(record: dict) -> str:
     """GPU or CPU name, and the dtype of what is not quantized."""
     environment = record.get("environment", {})
@@ -262,7 +226,7 @@ def _measurement(
         outcome=OK if value is not None else record["outcome"],
         device=device_of(record),
         commit=short_commit(record.get("environment", {}).get("git_commit")),
-        note=_joined(["simulated" if simulated else None, failed]),
+        note=joined_notes(["simulated" if simulated else None, failed]),
         protocol=protocol,
         tokens=tokens,
         config={**config, "checkpoint": record.get("model", {}).get("fingerprint")},
@@ -286,12 +250,6 @@ def _format_of(method: dict) -> str:
         return "unknown"
 
 
-def _flatten(config: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in config.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _joined(parts: Iterable[str | None]) -> str | None:
+def joined_notes(parts: Iterable[str | None]) -> str | None:
+    """A row's note from its parts; None of nothing."""
     return ", ".join(part for part in parts if part) or None

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from experiments.comparison import comparison_table
-from experiments.measured import single_protocol, task_accuracies, with_differences
+from experiments.differences import with_differences
+from experiments.measured import single_protocol, task_accuracies
 from experiments.not_run import NotRun
 from experiments.paired import pair_note, percentage_pair, with_reference
 from experiments.paper import METHOD_FORMATS, MODEL_NAMES

@@ -22,6 +22,7 @@ from experiments.latency_tables import figure6_table, table4_latency, table5_gem
 from experiments.measured import Measurement, asked_datasets, perplexities, single_protocol
 from experiments.mmlu import table_mmlu
 from experiments.not_run import NotRun
+from experiments.seeds import table_seeds
 from experiments.sources import Sources, load_sources
 from experiments.table import Table
 
@@ -72,6 +73,9 @@ def _accuracy(sources: Sources) -> list[str]:
             table = build(measurements, not_run)
             if table.rows:
                 sections.append(_section(table, options))
+        seeds = table_seeds(measurements)
+        if seeds.rows:
+            sections.append(_section(seeds, options))
     for build in (table2_lambada, table3_commonsense, table_mmlu):
         sections.append(_section(build(sources.records, not_run)))
     tasks = accuracy_tasks(sources.records)

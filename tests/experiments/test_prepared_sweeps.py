@@ -23,7 +23,7 @@ from odyssey.runner import locate_cell
 
 EXPERIMENTS = (
     "table2_perplexity", "table3_commonsense", "table_mmlu", "table4_latency", "table5_gemm", "table6_ablation",
-    "figure1_bitwidths", "figure6_speedup", "figure7_gemm_kinds", "quickstart", "testbed",
+    "table_seeds", "figure1_bitwidths", "figure6_speedup", "figure7_gemm_kinds", "quickstart", "testbed",
 )  # fmt: skip
 
 
