@@ -210,14 +210,14 @@ def _quantize_block(
 def _kept(
     architecture: LlamaFamily, reader: CheckpointReader, index: int, result: BlockResult
 ) -> dict[str, torch.Tensor]:
-    """Tensors of the block that stay as they are: norms, biases, linear layers that the method left out."""
+    """Parameters of the block that stay as they are: norms, biases, linear layers that the method left out.
+
+    Checkpoints of LLaMA and LLaMA-2 hold rotary frequencies, too, which are no parameters and follow from config.json.
+    """
     prefix = architecture.block_prefix(index)
-    replaced = {f"{prefix}{name}.weight" for name in result.weights}
-    return {
-        name.removeprefix(prefix): reader.read(name)
-        for name in reader.names()
-        if name.startswith(prefix) and name not in replaced
-    }
+    replaced = {f"{name}.weight" for name in result.weights}
+    names = (name for name, _ in architecture.skeleton_block(index).named_parameters())
+    return {name: reader.read(prefix + name) for name in names if name not in replaced}
 
 
 def _install(architecture: LlamaFamily, reader: CheckpointReader, index: int, result: BlockResult, device) -> nn.Module:

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from helpers.checkpoints import write_checkpoint
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import odyssey
 from baselines.rtn import RtnMethod, RtnSettings
@@ -235,6 +235,22 @@ def test_models_with_biases_resume_too(tmp_path):
     whole, resumed = _tensors(tmp_path / "whole"), _tensors(tmp_path / "resumed")
     assert any(name.endswith("q_proj.bias") for name in whole)
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+
+
+def test_rotary_frequencies_of_old_checkpoints_do_not_stop_a_resumed_run(tmp_path):
+    directory = write_checkpoint(tmp_path / "source", layers=2)
+    tensors = load_file(directory / "model.safetensors")
+    frequencies = {f"model.layers.{index}.self_attn.rotary_emb.inv_freq": torch.ones(16) for index in range(2)}
+    save_file({**tensors, **frequencies}, directory / "model.safetensors", metadata={"format": "pt"})
+    source = resolve_model("old", path=str(directory))
+    _quantize(source, tmp_path / "made")
+    whole = _tensors(tmp_path / "made")
+    (tmp_path / "made" / MANIFEST_NAME).unlink()
+    (tmp_path / "made" / shard_name(1)).unlink()
+    assert _quantize(source, tmp_path / "made").resumed_blocks == 1
+    resumed = _tensors(tmp_path / "made")
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    assert not frequencies.keys() & whole.keys()
 
 
 def test_a_damaged_block_is_made_again(finished, source, tmp_path):
