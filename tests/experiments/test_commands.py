@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from helpers.records import cell_record, gemm_result
+from helpers.records import MEASURED_ALONE, cell_record, gemm_result
 
 from experiments.__main__ import main
 from experiments.catalogue import CATALOGUE
@@ -59,11 +59,7 @@ def test_a_damaged_record_is_named_and_left_out(results, capsys):
     assert "run these cells again): cell-0." in (results / "README.md").read_text()
 
 
-# Tables of what was measured alone: of nothing they have no rows.
-WITHOUT_PAPER = {"table2_c4", "accuracy_tasks", "end_to_end", "table_seeds"}
-
-
-@pytest.mark.parametrize("name", [name for name in CATALOGUE if name not in WITHOUT_PAPER])
+@pytest.mark.parametrize("name", [name for name in CATALOGUE if name not in MEASURED_ALONE])
 @pytest.mark.parametrize("format", ["terminal", "md", "tex", "csv"])
 def test_every_table_in_every_format(results, capsys, name, format):
     assert main([name, str(results), "--format", format]) == 0
@@ -80,7 +76,7 @@ def test_every_table_in_every_format(results, capsys, name, format):
         assert "paper" in text
 
 
-@pytest.mark.parametrize("name", sorted(WITHOUT_PAPER))
+@pytest.mark.parametrize("name", sorted(MEASURED_ALONE))
 @pytest.mark.parametrize("format", ["terminal", "md", "tex", "csv"])
 def test_a_table_of_nothing_has_no_rows(results, capsys, name, format):
     assert main([name, str(results), "--format", format]) == 0

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 
 import pytest
-from helpers.records import cell_record, gemm_result
+from helpers.records import MEASURED_ALONE, cell_record, gemm_result
 
 from experiments import paper
 from experiments.accuracy_tables import table3_commonsense
@@ -105,9 +105,7 @@ def test_recipes_have_one_name_each_and_back():
     assert recipe_settings("LWC + GPTQ") == {"clipping": "learned", "compensation": "gptq"}
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in CATALOGUE if name not in ("table2_c4", "accuracy_tasks", "end_to_end")]
-)
+@pytest.mark.parametrize("name", [name for name in CATALOGUE if name not in MEASURED_ALONE])
 def test_no_cell_of_any_table_is_without_a_record_and_without_a_reason(name):
     rows = rows_of(CATALOGUE[name].table(sources(), Selection()))
     (key,) = [column.key for column in CATALOGUE[name].table(sources(), Selection()).columns if column.explained]

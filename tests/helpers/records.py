@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# Tables of what was measured alone, with no cell of the paper: of nothing they have no rows.
+MEASURED_ALONE = {"table2_c4", "accuracy_tasks", "end_to_end", "table_seeds"}
 PROTOCOL = "joined with two newlines, tokenized once, non-overlapping windows, tail dropped"
 FORMATS = {"fp16": "W16A16", "rtn": "W4A8", "awq": "W4A16-g128", "gptq": "W4A16-g128", "smoothquant": "W8A8"}
 
