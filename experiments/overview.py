@@ -15,7 +15,7 @@ from experiments.style import method_colour, method_name, method_rank
 
 COLUMNS = (
     "model", "method", "format", "outcome", "perplexity", "dataset", "size_mb", "bits_per_weight", "tokens_per_s",
-    "speedup", "quantize_s", "seconds", "note",
+    "reference_tokens_per_s", "speedup", "quantize_s", "seconds", "note",
 )  # fmt: skip
 
 
@@ -23,7 +23,8 @@ def overview(records: list[dict]) -> pd.DataFrame:
     """One row per record and perplexity data set, in the paper's order of methods; missing figures are None.
 
     size_mb: all weights on disk, 10^6 bytes; bits_per_weight: of the quantized layers, scales included; tokens_per_s:
-    generated tokens over the whole run; speedup: over the unquantized model timed in the same process.
+    generated tokens over the whole run; reference_tokens_per_s: of the unquantized model, in turns with the method in
+    the same process (the machine may have been busier in one cell than in another); speedup: over it.
     """
     rows = [row for record in records for row in _rows(record)]
     rows.sort(key=lambda row: (row["model"], str(row["dataset"]), method_rank(row["_method"])))
@@ -43,6 +44,7 @@ def _rows(record: dict) -> list[dict]:
         "size_mb": size["disk_bytes"] / 1e6 if size else None,
         "bits_per_weight": size.get("bits_per_weight"),
         "tokens_per_s": latency.get("total_tokens_per_s"),
+        "reference_tokens_per_s": latency.get("reference", {}).get("total_tokens_per_s"),
         "speedup": latency.get("speedup_over_reference"),
         "quantize_s": record.get("quantization", {}).get("seconds"),
         "seconds": record.get("timings", {}).get("total_s"),
@@ -68,11 +70,12 @@ def describe_method(method: dict) -> str:
 
 
 _FORMATS = {
-    "perplexity": "{:.3f}", "size_mb": "{:.2f}", "bits_per_weight": "{:.2f}", "tokens_per_s": "{:.1f}",
-    "speedup": "{:.2f}x", "quantize_s": "{:.1f}", "seconds": "{:.1f}",
+    "perplexity": "{:.3f}", "size_mb": "{:.2f}", "bits_per_weight": "{:.2f}", "tokens_per_s": "{:.0f}",
+    "reference_tokens_per_s": "{:.0f}", "speedup": "{:.2f}x", "quantize_s": "{:.1f}", "seconds": "{:.1f}",
 }  # fmt: skip
 _HEADINGS = {
-    "size_mb": "size MB", "bits_per_weight": "bits/w", "tokens_per_s": "tokens/s", "quantize_s": "quant. s",
+    "perplexity": "ppl", "size_mb": "MB", "bits_per_weight": "bits/w", "tokens_per_s": "tokens/s",
+    "reference_tokens_per_s": "fp's", "quantize_s": "quant. s",
     "speedup": "vs fp", "seconds": "total s",
 }  # fmt: skip
 
@@ -89,6 +92,9 @@ def shown_columns(frame: pd.DataFrame) -> list[str]:
     return columns if (frame["outcome"] != "ok").any() else [column for column in columns if column != "outcome"]
 
 
+_CAPTION = "fp's: tokens/s of the unquantized model, in turns with the method; vs fp: over it"
+
+
 def print_overview(frame: pd.DataFrame, console: Console | None = None) -> None:
     """The overview in the terminal, a table for each model and data set; fits 80 columns when all cells ended ok."""
     # A pipe or a log has no width of its own.
@@ -97,6 +103,8 @@ def print_overview(frame: pd.DataFrame, console: Console | None = None) -> None:
         title = f"{model}, perplexity on {dataset}" if pd.notna(dataset) else str(model)
         columns = [column for column in shown_columns(rows) if column not in ("model", "dataset", "seconds")]
         table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE, collapse_padding=True)
+        if "reference_tokens_per_s" in columns:
+            table.caption, table.caption_justify = _CAPTION, "left"
         for column in columns:
             table.add_column(_HEADINGS.get(column, column), justify="right" if column in _FORMATS else "left")
         for _, row in rows.iterrows():

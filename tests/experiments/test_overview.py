@@ -50,6 +50,19 @@ def test_simulated_figures_are_labelled():
     assert overview([record]).iloc[0]["note"] == "simulated"
 
 
+def test_a_ratio_stands_beside_both_its_speeds():
+    record = _record("odyssey", value=3.0, size=2e6, clipping="learned", compensation="gptq")
+    record["latency"] = {
+        "total_tokens_per_s": 90.4, "speedup_over_reference": 0.45, "reference": {"total_tokens_per_s": 201.2},
+    }  # fmt: skip
+    record["quantization"] = {"seconds": 73.6}
+    frame = overview([record, _record("fp16", value=2.0, size=7e6)])
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    print_overview(frame, console)
+    (row,) = [line.split() for line in console.export_text().splitlines() if "OdysseyLLM" in line]
+    assert row == ["OdysseyLLM", "W4A8", "3.000", "2.00", "4.10", "90", "201", "0.45x", "73.6"]
+
+
 def test_tables_show_every_figure():
     frame = overview(RECORDS)
     markdown = overview_markdown(frame)
