@@ -16,7 +16,7 @@ from .checks import (
 from .packing import TILE_COLUMNS, TILE_ROWS
 
 # Unpacked weight handled at a time: enough for an efficient product, few enough bytes to stay in cache.
-_BLOCK_BYTES = 4 * 2**20
+_BLOCK_BYTES = 2**20
 
 
 @functools.cache
@@ -99,19 +99,22 @@ def _w4a8_accumulate(x: torch.Tensor, w_packed: torch.Tensor, n: int, k: int) ->
     """
     m = x.shape[0]
     row_tiles, column_tiles, _ = w_packed.shape
-    x = F.pad(x, (0, column_tiles * TILE_COLUMNS - k))
-    x = x.view(m, column_tiles, 2, 2, 4, 4).permute(0, 1, 4, 2, 3, 5).reshape(m, column_tiles * TILE_COLUMNS)
-    acc = x.new_empty(m, row_tiles, 4, 2, 8, dtype=torch.int32)
-    step = max(1, _BLOCK_BYTES // (TILE_ROWS * TILE_COLUMNS * column_tiles))
-    for begin in range(0, row_tiles, step):
-        tiles = w_packed[begin : begin + step]
-        count = tiles.shape[0]
-        rows = tiles.view(count, column_tiles, TILE_ROWS // 2, TILE_COLUMNS).transpose(1, 2)
-        rows = rows.reshape(count * TILE_ROWS // 2, column_tiles * TILE_COLUMNS)
-        halves = torch.cat((rows & 0xF0, rows << 4)).view(torch.int8)
-        product = int8_matmul(x, halves).view(m, 2, count, 4, 8)
-        acc[:, begin : begin + count] = product.permute(0, 2, 3, 1, 4)
-    return acc.view(m, row_tiles * TILE_ROWS)[:, :n].contiguous().bitwise_right_shift_(4)
+    columns = column_tiles * TILE_COLUMNS
+    # Four columns are a word, whose bytes stay together; the copy that pad makes begins at one.
+    words = F.pad(x, (0, columns - k)).contiguous().view(torch.int32)
+    x = words.view(m, column_tiles, 4, 4).transpose(2, 3).reshape(m, columns // 4).view(torch.int8)
+    step = min(row_tiles, max(1, _BLOCK_BYTES // (TILE_ROWS * columns)))
+    unpacked = w_packed.new_empty(step, 4, 2, 8, columns)  # row tile, warp, nibble, row; high nibbles come first
+    products = []
+    for tiles in w_packed.split(step):
+        block = unpacked[: tiles.shape[0]]
+        high, low = block.unbind(2)
+        fragments = tiles.view(-1, column_tiles, 4, 8, TILE_COLUMNS).permute(0, 2, 3, 1, 4)
+        low.view(fragments.shape).copy_(fragments)
+        torch.bitwise_and(low, 0xF0, out=high)
+        low.mul_(16)  # uint8: a shift to the left by four, and faster
+        products.append(int8_matmul(x, block.view(-1, columns).view(torch.int8)))
+    return torch.cat(products, dim=1)[:, :n].contiguous().bitwise_right_shift_(4)
 
 
 def quantize_per_token(x):

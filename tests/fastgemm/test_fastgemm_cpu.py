@@ -86,6 +86,9 @@ def test_strided_activations_are_accepted(bits):
     expected = run(bits, x, x_scale, w, w_scale)
     assert torch.equal(run(bits, wide[:, 64:192], x_scale, w, w_scale), expected)
     assert torch.equal(run(bits, x.t().contiguous().t(), x_scale, w, w_scale), expected)
+    for offset in (1, 2, 3):
+        inside = torch.cat((x.new_zeros(offset), x.flatten()))[offset:].view(x.shape)
+        assert torch.equal(run(bits, inside, x_scale, w, w_scale), expected)
 
 
 @pytest.mark.parametrize("refusal", ["small_m", "everything", "wrong"])
