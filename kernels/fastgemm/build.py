@@ -47,13 +47,17 @@ def find_nvcc() -> str:
     """Path of nvcc: `$FASTGEMM_NVCC`, `$CUDA_HOME`, `$CUDA_PATH`, the PATH, /usr/local/cuda.
 
     Raises:
-        CompilerNotFoundError: there is none.
+        CompilerNotFoundError: there is none, or `$FASTGEMM_NVCC` is no program.
     """
-    candidates = [os.environ.get("FASTGEMM_NVCC")]
-    candidates += [f"{os.environ[v]}/bin/nvcc" for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
+    named = os.environ.get("FASTGEMM_NVCC")
+    if named:
+        if not _is_program(named):
+            raise CompilerNotFoundError(f"FASTGEMM_NVCC names {named}, which is not an executable file")
+        return named
+    candidates = [f"{os.environ[v]}/bin/nvcc" for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
     candidates += [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
     for candidate in candidates:
-        if candidate and os.access(candidate, os.X_OK):
+        if candidate and _is_program(candidate):
             return candidate
     raise CompilerNotFoundError(
         "no nvcc found to compile the FastGEMM kernels: install the CUDA toolkit (12.4 or newer), set "
@@ -61,8 +65,15 @@ def find_nvcc() -> str:
     )
 
 
+def _is_program(path: str) -> bool:
+    return os.path.isfile(path) and os.access(path, os.X_OK)
+
+
 def _nvcc_version(nvcc: str) -> str:
-    result = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
+    try:
+        result = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
+    except OSError as error:
+        raise BuildError(f"{nvcc} does not run: {error.strerror}") from error
     if result.returncode != 0:
         raise BuildError(f"{nvcc} --version failed: {result.stderr.strip()}")
     return result.stdout
@@ -86,16 +97,27 @@ def native_architectures() -> tuple[str, ...]:
     import torch
 
     if not torch.cuda.is_available():
-        raise BuildError("there is no CUDA GPU on this machine: name the architectures with --arch")
+        raise BuildError(
+            "there is no CUDA GPU on this machine that torch can use: python -m fastgemm.build --arch all, or a list, "
+            "builds without one"
+        )
     found = set()
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
         if major < 8:
             name = torch.cuda.get_device_name(index)
             raise BuildError(f"GPU {index} ({name}, sm_{major}{minor}) is too old: FastGEMM needs sm_80 or newer")
-        exact = {(8, 0): "sm_80", (8, 6): "sm_86", (8, 7): "sm_86", (8, 9): "sm_89", (9, 0): "sm_90a"}
+        # Code for sm_86 does not run on sm_87: Tegra takes no binaries of desktop GPUs.
+        exact = {(8, 0): "sm_80", (8, 6): "sm_86", (8, 9): "sm_89", (9, 0): "sm_90a"}
         found.add(exact.get((major, minor), PORTABLE))
     return tuple(sorted(found))
+
+
+def check_architectures(architectures: Sequence[str]) -> None:
+    """Raise BuildError unless these are names out of `ARCHITECTURES` and `PORTABLE`, at least one."""
+    unknown = set(architectures) - {*ARCHITECTURES, PORTABLE}
+    if unknown or not architectures:
+        raise BuildError(f"unknown architecture {sorted(unknown)}: choose from {[*ARCHITECTURES, PORTABLE]}")
 
 
 def sources(architectures: Sequence[str]) -> list[Path]:
@@ -178,10 +200,19 @@ def _compile_all(
 
 
 def copy_to(library: Path, output: Path) -> Path:
-    """Copy a library; `output`, which is returned, appears complete or not at all."""
-    partial = output.with_name(f".{output.name}.{os.getpid()}")
-    shutil.copy2(library, partial)
-    os.replace(partial, output)
+    """Copy a library; `output`, which is returned, appears complete or not at all.
+
+    Raises:
+        BuildError: it cannot be written.
+    """
+    partial = output.parent / f".{output.name}.{os.getpid()}"
+    try:
+        shutil.copy2(library, partial)
+        os.replace(partial, output)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise BuildError(f"cannot write {output}: {error.strerror}") from error
     return output
 
 
@@ -194,11 +225,9 @@ def build(architectures: Sequence[str] = ARCHITECTURES, output: Path | None = No
 
     Raises:
         CompilerNotFoundError: no nvcc.
-        BuildError: it does not compile, or the cache cannot be written.
+        BuildError: it does not compile, or the cache or `output` cannot be written.
     """
-    unknown = set(architectures) - {*ARCHITECTURES, PORTABLE}
-    if unknown or not architectures:
-        raise BuildError(f"unknown architecture {sorted(unknown)}: choose from {[*ARCHITECTURES, PORTABLE]}")
+    check_architectures(architectures)
     nvcc = find_nvcc()
     folder = cache_dir() / _library_dir_name(architectures, compiler_id(nvcc))
     library = folder / LIBRARY_NAME
@@ -212,13 +241,11 @@ def build(architectures: Sequence[str] = ARCHITECTURES, output: Path | None = No
                         linked = Path(scratch) / LIBRARY_NAME
                         run_compiler([nvcc, "-shared", "-Wno-deprecated-gpu-targets", *objects, "-o", str(linked)])
                         os.replace(linked, library)
-        if output is not None:
-            return copy_to(library, output)
     except OSError as error:
         raise BuildError(
             f"cannot write the FastGEMM library: {error} (set FASTGEMM_CACHE to a writable folder)"
         ) from error
-    return library
+    return library if output is None else copy_to(library, output)
 
 
 def find_or_build() -> Path:
@@ -266,6 +293,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="compile, print every kernel's registers, fail on register spills",
     )
     options = parser.parse_args(arguments)
+    if options.check_spills and options.output is not None:
+        parser.error("--check-spills makes no library: leave out --output")
     try:
         architectures = _parse_architectures(options.arch)
         if options.check_spills:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .build import _compile_all, find_nvcc
+from .build import BuildError, _compile_all, check_architectures, find_nvcc
 
 _ENTRY = re.compile(r"Compiling entry function '(?P<name>\S+)' for '(?P<arch>\w+)'")
 _SPILLS = re.compile(
@@ -63,13 +63,15 @@ def check_spills(architectures: Sequence[str]) -> int:
     optimizations.
 
     Raises:
-        BuildError: no nvcc, or it does not compile.
+        BuildError: unknown architecture, no nvcc, it does not compile, or its report names no kernel.
     """
+    check_architectures(architectures)
     with tempfile.TemporaryDirectory() as scratch:
         compiled = _compile_all(find_nvcc(), architectures, Path(scratch), ["-Xptxas=-v"])
-    problems = 0
+    problems = count = 0
     for source, _, text in sorted(compiled):
         kernels, warnings = parse_report(text)
+        count += len(kernels)
         for kernel, name in zip(kernels, _demangle([k.name for k in kernels]), strict=True):
             spilled = kernel.spill_stores + kernel.spill_loads
             problems += spilled > 0
@@ -80,5 +82,7 @@ def check_spills(architectures: Sequence[str]) -> int:
         for warning in warnings:
             problems += 1
             print(f"LOST OPTIMIZATION in {source.name}: {warning}")
+    if count == 0:
+        raise BuildError("the compiler reported no kernel with -Xptxas=-v: nothing was checked")
     print(f"{problems} problem(s)" if problems else "no register spills, no lost optimizations")
     return problems

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastgemm import build, library, spills
 
@@ -95,6 +96,16 @@ def test_output_is_a_copy(fake_nvcc, tmp_path):
     assert output.read_text() == "compiled"
 
 
+@pytest.mark.parametrize("output", ["missing/lib.so", "folder"])
+def test_an_output_that_cannot_be_written_is_named_and_leaves_nothing(fake_nvcc, tmp_path, output):
+    (tmp_path / "folder").mkdir()
+    before = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(build.BuildError, match=f"cannot write .*{output}: ") as refused:
+        build.build(["sm_80"], tmp_path / output)
+    assert "FASTGEMM_CACHE" not in str(refused.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*before, "cache"])
+
+
 def test_eight_processes_build_once(fake_nvcc):
     code = LOAD_BUILD + "print(build.build(['sm_80']).read_text())"
     processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(8)]
@@ -130,9 +141,41 @@ def test_a_failed_compilation_says_so_and_leaves_nothing(fake_nvcc, monkeypatch)
     assert build.main(["--arch", "sm_80"]) == build.EXIT_FAILED
 
 
-def test_unknown_architecture_is_refused(fake_nvcc):
-    with pytest.raises(build.BuildError, match=r"unknown architecture \['sm_75'\]"):
-        build.build(["sm_75"])
+@pytest.mark.parametrize("work", [build.build, spills.check_spills])
+def test_unknown_architecture_is_refused(fake_nvcc, work):
+    with pytest.raises(build.BuildError, match=r"unknown architecture \['hopper', 'sm_75'\]"):
+        work(["sm_75", "sm_80", "hopper"])
+    with pytest.raises(build.BuildError, match="unknown architecture"):
+        work([])
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ([(8, 0)], ("sm_80",)),
+        ([(8, 6), (8, 9), (8, 6)], ("sm_86", "sm_89")),
+        ([(9, 0)], ("sm_90a",)),
+        ([(8, 7)], ("compute_80",)),
+        ([(12, 0), (9, 0)], ("compute_80", "sm_90a")),
+    ],
+)
+def test_native_architectures_are_those_of_the_gpus(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+    assert build.native_architectures() == expected
+
+
+def test_machines_without_a_usable_gpu_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(build.BuildError, match="no CUDA GPU on this machine"):
+        build.native_architectures()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(8, 0), (7, 5)][index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "T4")
+    with pytest.raises(build.BuildError, match=r"GPU 1 \(T4, sm_75\) is too old"):
+        build.native_architectures()
 
 
 def test_unwritable_cache_is_one_clear_error(fake_nvcc, monkeypatch, tmp_path):
@@ -147,6 +190,28 @@ def test_without_a_compiler_the_error_says_what_to_do(no_nvcc, capsys):
         build.build()
     assert build.main(["--check-spills"]) == build.EXIT_NO_COMPILER
     assert capsys.readouterr().err.startswith("fastgemm.build: no nvcc found")
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "not executable"])
+def test_a_named_compiler_that_is_none_is_refused(fake_nvcc, monkeypatch, tmp_path, kind, capsys):
+    """Whatever else this machine has: the variable says which compiler is meant."""
+    named = tmp_path / "named"
+    if kind == "folder":
+        named.mkdir()
+    elif kind == "not executable":
+        named.write_text("#!/bin/sh\n")
+    monkeypatch.setenv("FASTGEMM_NVCC", str(named))
+    assert build.main(["--arch", "sm_80"]) == build.EXIT_NO_COMPILER
+    assert capsys.readouterr().err == f"fastgemm.build: FASTGEMM_NVCC names {named}, which is not an executable file\n"
+
+
+def test_a_compiler_that_does_not_run_is_one_line(fake_nvcc, monkeypatch, tmp_path, capsys):
+    named = tmp_path / "named"
+    named.write_text("no program")
+    named.chmod(0o755)
+    monkeypatch.setenv("FASTGEMM_NVCC", str(named))
+    assert build.main(["--arch", "sm_80"]) == build.EXIT_FAILED
+    assert capsys.readouterr().err == f"fastgemm.build: {named} does not run: Exec format error\n"
 
 
 def test_without_a_compiler_a_cached_library_is_used(fake_nvcc, monkeypatch):
@@ -174,6 +239,37 @@ def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
     assert build.cache_dir() == tmp_path / "fastgemm"
     monkeypatch.setenv("FASTGEMM_CACHE", str(tmp_path / "here"))
     assert build.cache_dir() == tmp_path / "here"
+
+
+def test_a_report_without_kernels_is_not_taken_for_one_without_spills(fake_nvcc, capsys):
+    assert build.main(["--check-spills", "--arch", "sm_80"]) == build.EXIT_FAILED
+    captured = capsys.readouterr()
+    assert "no kernel" in captured.err
+    assert "no register spills" not in captured.out
+    with pytest.raises(SystemExit):
+        build.main(["--check-spills", "--output", "lib.so"])
+
+
+@pytest.mark.parametrize(
+    ("stores", "loads", "lost", "problems"),
+    [(0, 0, "", 0), (4, 0, "", 2), (0, 4, "", 2), (0, 0, "ptxas info : (C7510) Potential Performance Loss", 1)],
+)
+def test_spills_and_lost_optimizations_are_counted(fake_nvcc, monkeypatch, capsys, stores, loads, lost, problems):
+    report = textwrap.dedent(
+        f"""
+        {lost}
+        ptxas info    : Compiling entry function 'first' for 'sm_80'
+            8 bytes stack frame, {stores} bytes spill stores, {loads} bytes spill loads
+        ptxas info    : Used 40 registers
+        ptxas info    : Compiling entry function 'second' for 'sm_90a'
+            8 bytes stack frame, {stores} bytes spill stores, {loads} bytes spill loads
+        ptxas info    : Used 41 registers
+        """
+    )
+    monkeypatch.setattr(spills, "_compile_all", lambda *a: [(Path("kernel.cu"), Path("kernel.o"), report)])
+    assert spills.check_spills(["sm_80"]) == problems
+    assert build.main(["--check-spills", "--arch", "sm_80"]) == (build.EXIT_FAILED if problems else 0)
+    assert ("no register spills, no lost" in capsys.readouterr().out) == (problems == 0)
 
 
 def test_assembler_report_is_read():
