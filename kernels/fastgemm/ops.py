@@ -118,6 +118,7 @@ def w4a8_gemm(
         fastgemm.FastGemmError: the GPU library is missing or the launch failed.
     """
     _require_tensors(x=x, x_scale=x_scale, w_packed=w_packed, w_scale=w_scale)
+    _require_bias_and_dtype(bias, out_dtype)
     return torch.ops.fastgemm.w4a8_gemm(x, x_scale, w_packed, w_scale, bias, out_dtype, arch, weights_ready)
 
 
@@ -137,6 +138,7 @@ def w8a8_gemm(
     As `w4a8_gemm`, with `w` an int8 [N, K] contiguous weight instead of a packed one.
     """
     _require_tensors(x=x, x_scale=x_scale, w=w, w_scale=w_scale)
+    _require_bias_and_dtype(bias, out_dtype)
     return torch.ops.fastgemm.w8a8_gemm(x, x_scale, w, w_scale, bias, out_dtype, arch, weights_ready)
 
 
@@ -212,6 +214,13 @@ def silu_mul_quant(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     _require_tensors(gate_up=gate_up)
     return torch.ops.fastgemm.silu_mul_quant(gate_up)
+
+
+def _require_bias_and_dtype(bias: object, out_dtype: object) -> None:
+    if bias is not None:
+        _require_tensors(bias=bias)
+    if not isinstance(out_dtype, torch.dtype):
+        raise TypeError(f"out_dtype must be a torch.dtype, got {out_dtype!r}")
 
 
 def _require_tensors(**arguments: object) -> None:

@@ -206,6 +206,9 @@ def bad_gemm_arguments():
         ValueError,
         "bias must be None",
     )
+    yield {**good, "bias": [0.0] * 80}, TypeError, "bias must be a tensor, got list"
+    yield {**good, "bias": torch.zeros(80).half().to_sparse()}, TypeError, "bias must be a dense tensor"
+    yield {**good, "out_dtype": "float16"}, TypeError, "out_dtype must be a torch.dtype, got 'float16'"
     yield {**good, "out_dtype": torch.float64}, TypeError, "out_dtype must be"
     yield {**good, "arch": 75}, ValueError, "arch must be one of"
     yield {**good, "x": x.to_sparse()}, TypeError, "x must be a dense tensor"
