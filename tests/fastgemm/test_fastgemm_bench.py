@@ -1,6 +1,7 @@
 """The benchmark's arithmetic, report and figure without a GPU; one small run with one."""
 
 import json
+import subprocess
 from itertools import pairwise, permutations
 
 import pytest
@@ -74,6 +75,51 @@ def test_limits_are_bytes_or_operations():
     assert device.stated_tops("NVIDIA L40S", "int8") == 733
 
 
+@pytest.mark.parametrize(
+    ("name", "int8"),
+    [
+        ("NVIDIA H100 80GB HBM3", 1979),
+        ("NVIDIA H100 PCIe", 1513),
+        ("NVIDIA H200", 1979),
+        ("NVIDIA H200 NVL", 1671),
+        ("NVIDIA A100-SXM4-80GB", 624),
+        ("NVIDIA A10G", 140),
+        ("NVIDIA A10", 250),
+        ("NVIDIA L4", 242),
+        ("NVIDIA RTX A6000", 310),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA L400", None),
+    ],
+)
+def test_a_stated_rate_is_of_that_gpu(name, int8):
+    assert device.stated_tops(name, "int8") == int8
+
+
+def test_the_commit_says_whether_the_package_differs(monkeypatch, tmp_path):
+    def git(*arguments):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
+
+    package = tmp_path / "kernels" / "fastgemm"
+    for name in ("bench/device.py", "csrc/api.cu"):
+        (package / name).parent.mkdir(parents=True)
+        (package / name).touch()
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "all")
+    monkeypatch.delenv("GIT_COMMIT", raising=False)
+    monkeypatch.setattr(device, "__file__", str(package / "bench/device.py"))
+    clean = device.git_commit()
+    assert len(clean) == 40
+    (tmp_path / "other").touch()
+    assert device.git_commit() == clean
+    (package / "csrc/api.cu").write_text("// changed")
+    assert device.git_commit() == clean + "-dirty"
+    monkeypatch.setenv("GIT_COMMIT", "named")
+    assert device.git_commit() == "named"
+
+
 def rows():
     found = []
     for m in (1, 64):
@@ -122,6 +168,23 @@ def test_unreadable_results_are_refused(tmp_path, capsys):
     assert "no timed rows" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["[]", "{}", '{"rows": 3}', '{"rows": [{"kernel": "a", "time_us": 1}]}', "no JSON"])
+def test_other_files_are_not_drawn(tmp_path, capsys, text):
+    path = tmp_path / "file.json"
+    path.write_text(text)
+    assert plot.main([str(path), str(tmp_path / "f.png")]) == 1
+    assert capsys.readouterr().err.startswith("fastgemm.bench.plot: ")
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+@pytest.mark.parametrize("place", ["", "file/result.png"])
+def test_what_cannot_be_written_is_refused_before_measuring(tmp_path, monkeypatch, capsys, option, place):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert bench.main([option, str(tmp_path / place)]) == bench.EXIT_FAILED
+    assert f"cannot write {tmp_path / place}: " in capsys.readouterr().err
+
+
 def test_unknown_kernels_are_refused():
     with pytest.raises(ValueError, match="unknown kernel nothing"):
         competitors.select(["fastgemm", "nothing"])
@@ -132,7 +195,7 @@ def test_unknown_kernels_are_refused():
 def test_token_counts_are_checked(text):
     with pytest.raises(ValueError, match="--m takes positive numbers"):
         bench._parse_tokens(text)
-    assert bench._parse_tokens("1, 16,") == [1, 16]
+    assert bench._parse_tokens("1, 16,1") == [1, 16]
 
 
 @pytest.mark.gpu

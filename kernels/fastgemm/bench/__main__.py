@@ -11,7 +11,9 @@ adds a continuous run of about a second, when the GPU has warmed up to its power
 
 import argparse
 import gc
+import importlib.util
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -123,11 +125,27 @@ def _parse_tokens(text: str) -> list[int]:
     entries = [e.strip() for e in text.split(",") if e.strip()]
     if not entries or not all(e.isdigit() and int(e) > 0 for e in entries):
         raise ValueError(f"--m takes positive numbers of tokens, separated by commas, got {text!r}")
-    return [int(e) for e in entries]
+    return list(dict.fromkeys(map(int, entries)))
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Refuse before anything is measured what could not be written after it."""
+    for path in filter(None, (options.json, options.plot)):
+        if path.is_dir():
+            raise ValueError(f"cannot write {path}: it is a folder")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cannot write {path}: {error.strerror}") from error
+        if not os.access(path.parent, os.W_OK):
+            raise ValueError(f"cannot write {path}: its folder is not writable")
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib")
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the benchmark; returns the exit code."""
+    _check_outputs(options)
     shapes = parse_shapes(options.shapes)
     tokens = _parse_tokens(options.m)
     if options.rounds < 1:

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -14,6 +15,7 @@ STATED_TOPS = {
     "H100 PCIe": (1513, 756),
     "H100 NVL": (1671, 835),
     "H100": (1979, 989),
+    "H200 NVL": (1671, 835),
     "H200": (1979, 989),
     "A100": (624, 312),
     "A10G": (140, 70),
@@ -31,7 +33,7 @@ STATED_TOPS = {
 def stated_tops(name: str, math: str) -> float | None:
     """Stated dense rate of a GPU by its name, in 10^12 operations per second; None where it is not known."""
     for part, (int8, fp16) in STATED_TOPS.items():
-        if part in name:
+        if re.search(rf"\b{part}\b", name):  # whole words: an "RTX A4000" is no A40
             return float(int8 if math == "int8" else fp16)
     return None
 
@@ -96,14 +98,14 @@ class Monitor:
 
 
 def git_commit() -> str:
-    """`$GIT_COMMIT`, else the commit of the checkout this file lies in, with "-dirty" behind it for local changes.
+    """`$GIT_COMMIT`, else the commit of the checkout this file lies in, with "-dirty" behind it if the package differs.
 
     The variable comes first: a tree that was copied to a GPU host has no repository, or one that says something else.
     "unknown" where there is neither.
     """
     if named := os.environ.get("GIT_COMMIT"):
         return named
-    folder = Path(__file__).resolve().parent
+    folder = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:
         return subprocess.run(

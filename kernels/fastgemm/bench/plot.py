@@ -68,8 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         draw(json.loads(options.result.read_text()), options.figure)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         print(f"fastgemm.bench.plot: cannot draw {options.result}: {error}", file=sys.stderr)
+        return 1
+    except (KeyError, TypeError) as error:
+        print(f"fastgemm.bench.plot: {options.result} is no result of the benchmark: {error}", file=sys.stderr)
         return 1
     return 0
 
