@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import cache
 
 import pytest
 from helpers.published import NUMBER, PROJECT, Sentence, figures, products, record
+
+from odyssey.accuracy.items import read_items
+from odyssey.accuracy.statistics import PairedComparison, compare_accuracy
 
 DECODE, PREFILL = "h100/gemm/2026-11-23-decode.json", "h100/gemm/2026-11-23-prefill.json"
 ALL_TOKENS, KINDS = "h100/gemm/2026-11-23-all-tokens.json", "h100/gemm/2026-11-23-kinds.json"
@@ -191,6 +195,73 @@ def company() -> list[float]:
     return [products(name)["57344 x 8192", 1024, "fastgemm"]["time_us"] for name in (OLDER_KINDS, PREFILL)]
 
 
+def runs(transformers: bool) -> tuple[list[int], float]:
+    """The numbers of runs of all rows of the engine or of Transformers, and percent by which the runs of one differ."""
+    names = sorted(path.relative_to(PROJECT / "results") for path in PROJECT.glob("results/*/end_to_end/*.json"))
+    samples = [
+        each["samples"]["total_ms"]
+        for name in names
+        for each in record(str(name))["rows"]
+        if each["outcome"] == "ok" and each["method"].startswith("transformers") == transformers
+    ]
+    return [len(each) for each in samples], max(percent(max(each) / min(each)) for each in samples)
+
+
+def runs_of_the_engine() -> list[float]:
+    counts, apart = runs(transformers=False)
+    return [min(counts), max(counts), apart]
+
+
+def runs_by_batch() -> list[float]:
+    (few, many), apart = runs_of_the_engine()[:2], runs_of_the_engine()[2]
+    counts = [len(row(SEVEN, "w4a8", batch)["samples"]["total_ms"]) for batch in (1, 4, 16)]
+    return [few, many, *counts, apart, runs(transformers=True)[1]]
+
+
+TASKS = {
+    "testbed-28m": ("h100/testbed-28m-tasks", "fp16-633fec0a2bfe", "rtn-bdf1033971d4", "odyssey-a6a04caced97"),
+    "stories260k": ("h100/stories260k-tasks", "fp16-4abe7b7fd39a", "rtn-1595166864b4", "odyssey-933703ccf43d"),
+}
+
+
+@cache
+def against_fp16(model: str) -> dict[tuple[str, str], PairedComparison]:
+    """RTN and OdysseyLLM against FP16, by method and task."""
+    folder, *cells = TASKS[model]
+    items = {}
+    for cell in cells:
+        tasks = record(f"{folder}/{cell}/record.json")["accuracy"]["tasks"]
+        for task, result in tasks.items():
+            found = read_items(PROJECT / "results" / folder / cell, result)
+            items[cell.partition("-")[0], task] = found, result["metric"]
+    return {
+        (method, task): compare_accuracy(items["fp16", task][0], found, metric)
+        for (method, task), (found, metric) in items.items()
+        if method != "fp16"
+    }
+
+
+def most_flips(model: str) -> list[float]:
+    """Percent of changed answers in the task with most, RTN's and OdysseyLLM's."""
+    found = against_fp16(model)
+    return [
+        100 * max(each.flips for (name, _), each in found.items() if name == method) for method in ("rtn", "odyssey")
+    ]
+
+
+def outside_noise(model: str) -> set[tuple[str, str]]:
+    return {cell for cell, each in against_fp16(model).items() if not each.within_noise}
+
+
+def items_of_testbed() -> list[float]:
+    return [sum(each.items for (method, _), each in against_fp16("testbed-28m").items() if method == "rtn")]
+
+
+def below_fp16() -> list[float]:
+    found = against_fp16("stories260k")
+    return [-100 * found["odyssey", task].difference for task in ("mmlu", "lambada_openai")]
+
+
 README, ENGINE, FASTGEMM = "README.md", "docs/engine.md", "docs/fastgemm.md"
 SENTENCES = {
     "all tokens": Sentence(
@@ -230,7 +301,7 @@ SENTENCES = {
     "Transformers": Sentence(
         README,
         "Transformers takes {} ms for 7B fp16 at batch 1, {} times as long as W4A8 in the same run ({} ms there), and "
-        "compiled with a static cache {} ms, {} times as long; for 13B it takes {} ms, {} times as long.",
+        "compiled with a static cache {} ms, {} times as long; for 13B it takes {} ms, {} times as long (",
         lambda: [*transformers(), *transformers_13b()],
     ),
     "Transformers, engine": Sentence(
@@ -276,6 +347,28 @@ SENTENCES = {
         "memory on an H100 (perplexity {}), and with 128 x 2048 calibration tokens {} s and {} GB there ({};",
         quantizing,
     ),
+    "runs": Sentence(README, "Medians of {} to {} runs, which are at most {} % apart.", runs_of_the_engine),
+    "runs, Transformers": Sentence(README, "(its runs are up to {} % apart)", lambda: [runs(transformers=True)[1]]),
+    "runs, engine": Sentence(
+        ENGINE,
+        "Medians of {} to {} runs (7B: {} at batch 1, {} at 4, {} from 16 on), at most {} % apart, Transformers' up to "
+        "{} %.",
+        runs_by_batch,
+    ),
+    "items": Sentence(README, "MMLU; {},{} items,", lambda: divmod(items_of_testbed()[0], 1000)),
+    "flips": Sentence(
+        README,
+        "RTN changes up to {} % of the answers of a task and OdysseyLLM up to {} %.",
+        lambda: most_flips("testbed-28m"),
+    ),
+    "flips, stories260k": Sentence(
+        README,
+        "RTN changes up to {} % of the answers of a task, OdysseyLLM up to {} %.",
+        lambda: most_flips("stories260k"),
+    ),
+    "below FP16": Sentence(
+        README, "OdysseyLLM's MMLU and LAMBADA are {} and {} points below FP16's, outside the noise,", below_fp16
+    ),
     "sizes": Sentence(README, "{} bits per weight, {} MB in place of {} MB.", sizes),
 }
 
@@ -296,3 +389,22 @@ def test_every_changed_figure_is_found(name):
         assert NUMBER.fullmatch(found[group])
         last = found.end(group) - 1
         assert sentence.problems(f"{text[:last]}{(int(text[last]) + 1) % 10}{text[last + 1 :]}")
+
+
+def test_of_70b_only_two_methods_took_turns():
+    """README and docs/engine.md say so; all other rows of the tables took turns with all methods beside them."""
+    together = {}
+    for path in PROJECT.glob("results/*/end_to_end/*.json"):
+        rows = [each for each in record(str(path.relative_to(PROJECT / "results")))["rows"] if each["outcome"] == "ok"]
+        for each in rows:
+            same = {other["method"] for other in rows if other["batch_size"] == each["batch_size"]}
+            found = together.setdefault((path.parts[-3], each["model"] == "llama2-70b"), set())
+            found.add((each["method"], set(each["interleaved_with"]) == same, len(each["interleaved_with"])))
+    assert all(turns for _, turns, _ in together["h100", False])
+    assert {(method, count) for method, _, count in together["h100", True]} == {("w8a8", 1), ("w4a8", 1)}
+    assert {(method, count) for method, _, count in together["h200", True]} == {("fp16", 1), ("w8a8", 2), ("w4a8", 2)}
+
+
+def test_which_accuracies_are_outside_the_noise():
+    assert outside_noise("testbed-28m") == set()
+    assert outside_noise("stories260k") == {("odyssey", "mmlu"), ("odyssey", "lambada_openai")}
