@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -88,7 +89,8 @@ def _documents(file: Path) -> Iterator[str]:
 
 def wikitext_rows(text: str) -> list[str]:
     """Rows of a WikiText-style file as the hub's data set has them: a line keeps its newline, an empty line is ""."""
-    return [line if line.strip() else "" for line in text.splitlines(keepends=True)]
+    # Not str.splitlines, which ends lines at form feeds and Unicode's separators, too.
+    return [line if line.strip() else "" for line in io.StringIO(text)]
 
 
 def _wikitext2(split: str, root: str | None) -> Corpus:

@@ -13,6 +13,12 @@ def test_rows_are_those_of_the_hub_data_set():
     assert wikitext_rows(ARTICLE) == ["", " = Title = \n", "", " First line . \n", " Second line . \n"]
 
 
+def test_only_a_newline_ends_a_row():
+    separators = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
+    text = "".join(f" a{separator}b" for separator in separators) + " \n" + separators + "\nlast"
+    assert wikitext_rows(text) == [text.split("\n")[0] + "\n", "", "last"]
+
+
 def test_wikitext_from_data_root(tmp_path):
     (tmp_path / "wikitext2").mkdir()
     (tmp_path / "wikitext2" / "wiki.test.raw").write_text(ARTICLE)
