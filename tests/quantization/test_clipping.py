@@ -220,6 +220,21 @@ def test_swapped_modules_are_restored_after_an_error(model):
         pass
 
 
+def test_a_simulated_block_keeps_its_biases():
+    block = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 3, bias=False))
+    weights = {name: round_to_nearest(block[int(name)].weight.detach(), QuantScheme(8)) for name in "01"}
+    x = torch.randn(5, 8, generator=generator(0))
+    expected = x.double()
+    for name in "01":
+        values, scales = quantize_activation_per_token(expected.float())
+        dequantized = weights[name].values.double() * weights[name].scales.double()
+        expected = (values.double() * scales.double()) @ dequantized.t()
+        if block[int(name)].bias is not None:
+            expected += block[int(name)].bias.detach().double()
+    with torch.no_grad(), fake_quantized(block, weights):
+        torch.testing.assert_close(block(x).double(), expected, rtol=1e-4, atol=1e-5)
+
+
 # ---- clip search
 # ---------------------------------------------------------------------------------------------
 
@@ -336,6 +351,80 @@ def test_settings_are_honoured(model, changes):
     other = learn_clipping(block, calibration, QuantScheme(), replace(PAPER, **changes))
     assert min(other.losses) <= other.losses[0]
     assert other.losses != base.losses
+
+
+def reference_learning(weight, samples, targets, bits, settings, logit):
+    """Learning of one layer in float64: straight-through gradients by hand, Adam (Kingma and Ba, algorithm 1; without
+    weight decay AdamW is Adam), the schedule's formula. Returns scales of the best epoch and losses."""
+    qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    ends = np.stack([weight.max(axis=1), weight.min(axis=1)])
+    logits, first, second = (np.full_like(ends, value) for value in (logit, 0.0, 0.0))
+
+    def grid():
+        kept = np.abs(ends / (1 + np.exp(-logits)))
+        return kept, kept.max(axis=0)[:, None] / qmax
+
+    def rounded(x):
+        steps = np.abs(x).max(axis=1, keepdims=True) / 127
+        return np.clip(np.rint(x / steps), -128, 127) * steps
+
+    def output(x, scales):
+        return rounded(x) @ (np.clip(np.rint(weight / scales), qmin, qmax) * scales).T
+
+    def evaluate():
+        errors = [((output(x, grid()[1]) - t) ** 2).mean() for x, t in zip(samples, targets, strict=True)]
+        return np.mean(errors[: settings.evaluation_samples])
+
+    losses, best, step = [evaluate()], grid()[1], 0
+    batches = [
+        range(n, min(n + settings.batch_size, len(samples))) for n in range(0, len(samples), settings.batch_size)
+    ]
+    steps = settings.epochs * len(batches)
+    for _ in range(settings.epochs):
+        for batch in batches:
+            rate = settings.learning_rate
+            if settings.schedule == "cosine":
+                rate = rate / 100 + (rate - rate / 100) * (1 + np.cos(np.pi * step / steps)) / 2
+            x, target = (np.concatenate([part[n] for n in batch]) for part in (samples, targets))
+            kept, scales = grid()
+            upstream = 2 * (output(x, scales) - target) / target.size
+            integers = np.rint(weight / scales)
+            inside = (integers >= qmin) & (integers <= qmax)
+            slope = np.where(inside, integers - weight / scales, np.clip(integers, qmin, qmax))
+            of_scale = ((upstream.T @ rounded(x)) * slope).sum(axis=1)
+            gradient = np.where(kept == kept.max(axis=0), of_scale * kept / qmax * (1 - 1 / (1 + np.exp(-logits))), 0)
+            step += 1
+            first = 0.9 * first + 0.1 * gradient
+            second = 0.999 * second + 0.001 * gradient**2
+            logits = logits - rate * (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
+        losses.append(evaluate())
+        if losses[-1] < min(losses[:-1]):
+            best = grid()[1]
+    return best, losses
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_learning_matches_a_float64_computation(schedule, batch_size):
+    weight = heavy_tailed(6, 20)
+    samples = [torch.randn(1, 9, 20, generator=generator(i)) for i in range(5)]
+    targets = [x @ weight.t() + 0.02 * torch.randn(1, 9, 6, generator=generator(9 + i)) for i, x in enumerate(samples)]
+    block = torch.nn.ModuleDict({"layer": torch.nn.Linear(20, 6, bias=False)})
+    block["layer"].weight.data.copy_(weight)
+    calibration = BlockCalibration(
+        inputs=samples, reference_inputs=[], targets=targets, forward=lambda module, x: module["layer"](x),
+        linear_groups=(("layer",),), input_norms={}, device=torch.device("cpu"),
+    )  # fmt: skip
+    settings = LearnedClippingSettings(
+        epochs=6, learning_rate=0.1, schedule=schedule, batch_size=batch_size, initialization="constant",
+        initial_logit=2.0, evaluation_samples=4, shuffle=False,
+    )  # fmt: skip
+    result = learn_clipping(block, calibration, QuantScheme(3), settings)
+    in_numpy = ([sample[0].double().numpy() for sample in part] for part in (samples, targets))
+    scales, losses = reference_learning(weight.double().numpy(), *in_numpy, 3, settings, 2.0)
+    assert result.losses == pytest.approx(losses, rel=1e-4)
+    np.testing.assert_allclose(result.scales["layer"].numpy(), scales, rtol=1e-4)
+    assert result.best_epoch == np.argmin(losses) > 0
 
 
 @pytest.mark.parametrize("scheme", [QuantScheme(4, 10), QuantScheme(4, PER_CHANNEL, True, 16)], ids=lambda s: s.label)

@@ -105,6 +105,7 @@ CASES = {
     "act-order": {"act_order": True},
     "act-order with static groups": {"act_order": True, "group_size": 16},
     "dead columns": {"dead": [0, 5, 33]},
+    "many dead columns and much damping": {"dead": list(range(0, 48, 2)), "damping": 1.0},
     "dead columns in act-order with groups": {"dead": [0, 5, 33], "act_order": True, "group_size": 16},
     "fixed grid": {"shrink": 0.8},
     "fixed grid in act-order": {"shrink": 0.8, "act_order": True},

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import odyssey
 from baselines.rtn import RtnMethod, RtnSettings
+from baselines.smoothquant import SmoothQuantMethod, SmoothQuantSettings
 from odyssey.data.calibration import CalibrationTokens
 from odyssey.errors import InvalidCheckpointError, UnsupportedError
 from odyssey.methods import settings_dict
@@ -19,7 +21,7 @@ from odyssey.models.source import resolve_model
 from odyssey.quantization import activations
 from odyssey.quantization.checkpoint import MANIFEST_NAME, read_manifest, shard_name
 from odyssey.quantization.grid import dequantize, round_to_nearest
-from odyssey.quantization.pipeline import quantize_checkpoint
+from odyssey.quantization.pipeline import job_digest, quantize_checkpoint
 from odyssey.quantization.recipe import OdysseyMethod, OdysseySettings
 
 CPU = torch.device("cpu")
@@ -77,6 +79,58 @@ def test_every_decoder_linear_is_quantized_and_nothing_else(finished, source):
             assert torch.equal(tensor.float(), state[name])
     kept = {name for name in state if not any(name == f"{layer}.weight" for layer in layers)}
     assert kept == {name for name in tensors if ".weight_" not in name}
+
+
+def _inputs_and_outputs(model, tokens):
+    """Of every decoder block, the samples one by one."""
+    inputs, outputs = [[] for _ in model.model.layers], [[] for _ in model.model.layers]
+    for index, layer in enumerate(model.model.layers):
+        layer.register_forward_pre_hook(lambda module, args, index=index: inputs[index].append(args[0]))
+        layer.register_forward_hook(lambda module, args, output, index=index: outputs[index].append(output))
+    with torch.no_grad():
+        for sample in tokens:
+            model(sample[None])
+    return inputs, outputs
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_both_chains_are_what_the_two_models_compute(tmp_path, family):
+    """SmoothQuant changes norms, too; 8 bits, so that blocks of any chain but the right one would show."""
+    seen = []
+
+    class Spy(SmoothQuantMethod):
+        def quantize_block(self, block, calibration):
+            chains = (calibration.inputs, calibration.reference_inputs, calibration.targets)
+            seen.append([[sample.clone() for sample in chain] for chain in chains])
+            return super().quantize_block(block, calibration)
+
+    directory = write_checkpoint(tmp_path / "source", layers=LAYERS, family=family, dtype=torch.bfloat16)
+    source, settings, calibration = resolve_model("m", path=str(directory)), SmoothQuantSettings(), _calibration()
+    _quantize(source, tmp_path / "made", Spy(settings), settings, calibration)
+    original, original_outputs = _inputs_and_outputs(load_model(source), calibration.tokens)
+    quantized, _ = _inputs_and_outputs(odyssey.load_quantized(tmp_path / "made"), calibration.tokens)
+    expected = [quantized, original, original_outputs]
+    for index in range(LAYERS):
+        for found, model in zip(seen[index], expected, strict=True):
+            torch.testing.assert_close(torch.cat(found), torch.cat(model[index]), rtol=1e-5, atol=1e-5)
+    difference = (torch.cat(quantized[1]) - torch.cat(original[1])).abs().max()
+    assert difference > 1e-2
+
+
+def test_the_seed_and_every_other_part_of_a_job_count(source):
+    settings = settings_dict(_settings())
+    method = OdysseyMethod(_settings())
+    digest = job_digest(source, method, settings, _calibration(), 5)
+    assert digest == job_digest(source, OdysseyMethod(), settings, _calibration(), 5)
+    others = [
+        job_digest(replace(source, fingerprint="0" * 16), method, settings, _calibration(), 5),
+        job_digest(source, RtnMethod(), settings, _calibration(), 5),
+        job_digest(source, method, {**settings, "bits": 3}, _calibration(), 5),
+        job_digest(source, method, settings, _calibration(seqlen=47), 5),
+        job_digest(source, method, settings, None, 5),
+        job_digest(source, method, settings, _calibration(), 6),
+    ]
+    assert len({digest, *others}) == 7
 
 
 def test_size_counts_the_bits(finished):

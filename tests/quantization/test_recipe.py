@@ -13,10 +13,10 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from odyssey.quantization import recipe as recipe_module
-from odyssey.quantization.clipping import LearnedClippingSettings, SearchSettings
+from odyssey.quantization.clipping import LearnedClippingSettings, SearchSettings, search_clipping
 from odyssey.quantization.compensation import CompensationSettings, gptq
 from odyssey.quantization.fake_quant import FakeQuantLinear, fake_quantized
-from odyssey.quantization.grid import minmax_grid, quantize_activation_per_token, round_to_nearest
+from odyssey.quantization.grid import dequantize, minmax_grid, quantize_activation_per_token, round_to_nearest
 from odyssey.quantization.method import BlockCalibration
 from odyssey.quantization.recipe import OdysseyMethod, OdysseySettings
 from odyssey.quantization.scheme import QuantScheme
@@ -151,6 +151,8 @@ def test_every_combination_gives_integers_and_json_metrics(model, clipping, comp
         if clipping != "none":
             assert torch.all(weight.scales <= full)
             assert torch.any(weight.scales < 0.99 * full)
+            kept = (weight.scales.double() / full).mean().item()
+            assert result.metrics["layers"][name]["kept_range"] == pytest.approx(kept, rel=1e-5)
         elif compensation == "none":
             assert torch.equal(weight.values, round_to_nearest(source.detach(), weight.scheme).values)
     metrics = json.loads(json.dumps(result.metrics))
@@ -193,8 +195,21 @@ def test_compensation_keeps_the_learned_grid(model):
         assert not torch.equal(rounded.weights[name].values, compensated.weights[name].values)
 
 
+def with_another_reference(calibration: BlockCalibration) -> BlockCalibration:
+    """The quantized chain stays, the full-precision one is elsewhere."""
+    elsewhere = [hidden + torch.randn(hidden.shape, generator=generator(7)) for hidden in calibration.inputs]
+    return replace(calibration, reference_inputs=elsewhere)
+
+
+def hessian_of(rows: torch.Tensor, quantized: bool = True) -> torch.Tensor:
+    if quantized:
+        values, scales = quantize_activation_per_token(rows)
+        rows = values * scales
+    return 2 / len(rows) * rows.double().t() @ rows.double()
+
+
 def test_later_layers_see_the_partly_quantized_block(model, monkeypatch):
-    block, calibration = model.model.layers[0], calibrate(model)
+    block, calibration = model.model.layers[0], with_another_reference(calibrate(model))
     seen = {}
 
     def spy(weight, hessian, *args, **kwargs):
@@ -212,9 +227,37 @@ def test_later_layers_see_the_partly_quantized_block(model, monkeypatch):
         for hidden in calibration.inputs:
             calibration.forward(block, hidden)
     handle.remove()
-    values, scales = quantize_activation_per_token(torch.cat(inputs))
-    rows = (values * scales).double()
-    torch.testing.assert_close(seen["mlp.down_proj"].double(), 2 / len(rows) * rows.t() @ rows, rtol=1e-4, atol=1e-4)
+    expected = hessian_of(torch.cat(inputs))
+    torch.testing.assert_close(seen["mlp.down_proj"].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("activation_bits", [8, 16])
+def test_the_search_weighs_errors_by_what_each_layer_reads(model, monkeypatch, activation_bits):
+    """The full-precision block on the quantized chain's inputs, as integers where the layer will get integers."""
+    block, calibration = model.model.layers[0], with_another_reference(calibrate(model))
+    seen = {}
+
+    def spy(weight, scheme, settings, hessian):
+        name = next(n for n in NAMES if torch.equal(block.get_submodule(n).weight, weight))
+        seen[name] = hessian
+        return search_clipping(weight, scheme, settings, hessian)
+
+    monkeypatch.setattr(recipe_module, "search_clipping", spy)
+    settings = OdysseySettings(
+        activation_bits=activation_bits, clipping="search", compensation="none", search=SearchSettings("output")
+    )
+    OdysseyMethod(settings).quantize_block(block, calibration)
+    rows = {name: [] for name in NAMES}
+    for name in NAMES:
+        block.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: rows[name].append(args[0][0])
+        )
+    with torch.no_grad():
+        for hidden in calibration.inputs:
+            calibration.forward(block, hidden)
+    for name in NAMES:
+        expected = hessian_of(torch.cat(rows[name]), quantized=activation_bits == 8)
+        torch.testing.assert_close(seen[name].double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("start_from", ["unclipped", "clipped"])
@@ -223,16 +266,22 @@ def test_start_of_the_compensation(model, monkeypatch, start_from):
     starts = []
 
     def spy(weight, hessian, scheme, scales, **kwargs):
-        starts.append((weight, scales))
+        starts.append((weight, scales, hessian.double()))
         return gptq(weight, hessian, scheme, scales, **kwargs)
 
     monkeypatch.setattr(recipe_module, "gptq", spy)
-    OdysseyMethod(OdysseySettings(3, clipping="search", start_from=start_from)).quantize_block(block, calibration)
-    for name, (start, scales) in zip(NAMES, starts, strict=True):
+    settings = OdysseySettings(3, clipping="search", start_from=start_from)
+    result = OdysseyMethod(settings).quantize_block(block, calibration)
+    for name, (start, scales, hessian) in zip(NAMES, starts, strict=True):
         weight = block.get_submodule(name).weight.detach()
         clipped = torch.minimum(torch.maximum(weight, -4 * scales), 3 * scales)
         assert not torch.equal(clipped, weight)
         assert torch.equal(start, weight if start_from == "unclipped" else clipped)
+        # Whatever it starts from, the error is that against the layer's own weight.
+        original, rounded = weight.double(), dequantize(result.weights[name]).double()
+        squares = [((part @ hessian) * part).sum().item() for part in (original - rounded, original)]
+        found = result.metrics["layers"][name]["relative_error"]
+        assert found == pytest.approx(squares[0] / squares[1], rel=1e-3)
 
 
 def test_search_initialization_and_objectives(model):
