@@ -1,4 +1,4 @@
-"""The tables of README.md, docs/engine.md and docs/fastgemm.md against the committed records, cell by cell.
+"""The tables of README.md and of docs/ that give measured figures against the committed records, cell by cell.
 
 A figure has to be that of the record at the precision in which it is printed; ratios are recomputed from unrounded
 values of one record. Which record a row is from stands here, as in the text beside the table.
@@ -74,6 +74,16 @@ TESTBED = {
     ("RTN", "W4A8"): ("rtn-eb53a29b8dac", "rtn-d8d8137974f5"),
     ("OdysseyLLM", "W4A8"): ("odyssey-de62cc706963", "odyssey-0a679132d805"),
 }
+# docs/baselines.md: those, in its order, and two that it has beside them.
+BASELINES = {key: TESTBED[key] for key in (
+    ("FP16", "W16A16"), ("RTN", "W8A8"), ("SmoothQuant", "W8A8"), ("RTN", "W4A8"), ("OdysseyLLM", "W4A8"),
+    ("RTN", "W4A16-g128"),
+)} | {
+    ("RTN, asymmetric", "W4A16-g128"): ("rtn-34b184681cd3", "rtn-68d6dffef48f"),
+    ("GPTQ", "W4A16-g128"): TESTBED["GPTQ", "W4A16-g128"],
+    ("GPTQ, `full_range=false`", "W4A16-g128"): ("gptq-a1c59da4577e", "gptq-d9617fe87572"),
+    ("AWQ", "W4A16-g128"): TESTBED["AWQ", "W4A16-g128"],
+}  # fmt: skip
 
 
 def one_product(size: str, tokens: str) -> Cells:
@@ -160,6 +170,20 @@ def methods_of_testbed(method: str, label: str) -> Cells:
     yield "{}", [perplexity(outliers, "testbed-28m-outliers")]
 
 
+def baselines(method: str, label: str) -> Cells:
+    cells, full_precision = BASELINES[method, label], BASELINES["FP16", "W16A16"]
+    found = record(f"cpu/testbed-28m/{cells[0]}/record.json")
+    assert found["method"]["label"] == label
+    for column, model in enumerate(("testbed-28m", "testbed-28m-outliers")):
+        found_here, full = (perplexity(each[column], model) for each in (cells, full_precision))
+        yield "{}", [found_here]
+        yield "+{} %", [100 * (found_here / full - 1)]
+    yield "{}", [found["size"]["bits_per_weight"]]
+    yield "{}", [found["size"]["disk_bytes"] / 1e6]
+    yield ("", []) if method == "FP16" else ("{}", [found["quantization"]["seconds"]])
+    yield "{}", [found["memory"]["peak_rss_bytes"] / 1e6]
+
+
 def over_base(kernel: str, base: str, tokens: Sequence[int]) -> list[float]:
     """Times over those of `base` at these numbers of tokens, all sizes of the record of kinds."""
     times = products(KINDS)
@@ -218,6 +242,9 @@ TABLES = {
     "regimes": Table("docs/fastgemm.md", "| shape, M | weight bytes", tuple((name,) for name in REGIMES), regimes),
     "recipe": Table("README.md", "| recipe | W4A8 |", tuple((name,) for name in RECIPE), recipe),
     "testbed": Table("README.md", "| method | format | bits/weight |", tuple(TESTBED), methods_of_testbed),
+    "baselines": Table(
+        "docs/baselines.md", "| method | format | perplexity | from FP16 |", tuple(BASELINES), baselines
+    ),
 }
 
 
