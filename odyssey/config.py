@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -13,11 +16,13 @@ from odyssey.data.texts import DATASETS
 from odyssey.errors import ConfigError
 from odyssey.latency.names import ENGINES, PEERS
 from odyssey.latency.names import METHODS as FORMATS
-from odyssey.methods import METHODS, build_method, settings_class
+from odyssey.methods import METHODS, build_method, is_settings_of, settings_class
 
 DEVICES = ("auto", "cpu", "cuda")
 RETRIES = ("none", "failed")
 AUTO = "auto"
+# What torch takes for a seed and JSON for a whole number everywhere.
+_LARGEST_SEED = 2**63 - 1
 
 
 @dataclass
@@ -183,6 +188,10 @@ def validate(config: DictConfig) -> RootConfig:
         raise ConfigError(f"method.name={method_name}: allowed: {', '.join(METHODS)}")
     try:
         settings = OmegaConf.to_object(config.method)
+        if not is_settings_of(method_name, settings):
+            raise ConfigError(
+                f"method.name={method_name}: these are another method's settings; use method={method_name}"
+            )
         build_method(method_name, settings)
     except ValueError as error:
         # The scheme speaks of weight_bits, the key is method.bits.
@@ -194,6 +203,7 @@ def validate(config: DictConfig) -> RootConfig:
         **{name: OmegaConf.to_object(config[name]) for name in groups},
         **{name: config[name] for name in scalars},
     )
+    _check_values(root)
     _check_choice("device", root.device, DEVICES)
     _check_choice("retry", root.retry, RETRIES)
     if root.force and root.retry == "failed":
@@ -204,6 +214,8 @@ def validate(config: DictConfig) -> RootConfig:
     for key, value in (("timeout_s", root.timeout_s), ("tracking.timeout_s", root.tracking.timeout_s)):
         if value is not None and not value > 0:
             raise ConfigError(f"{key}={value:g}: must be more than 0 seconds")
+        if value is not None and value > threading.TIMEOUT_MAX:
+            raise ConfigError(f"{key}={value:g}: must be at most {threading.TIMEOUT_MAX:g} seconds")
     _check_gemm(root.gemm)
     _check_dataset("calibration", root.calibration)
     if root.accuracy.perplexity is not None:
@@ -227,6 +239,32 @@ def validate(config: DictConfig) -> RootConfig:
     if root.accuracy.simulate and method_name == "fp16":
         raise ConfigError("accuracy.simulate=true: method=fp16 has nothing to simulate; choose another method")
     return root
+
+
+def _check_values(root: RootConfig) -> None:
+    """What no key may be, whatever it means."""
+    for key, value in _leaves(asdict(root)):
+        if value == "":
+            # From a shell variable that is not set; as a path it would be the working directory.
+            raise ConfigError(f"{key}=: must not be empty; give a value, or leave the key out")
+        if isinstance(value, float) and math.isinf(value):
+            raise ConfigError(f"{key}={value}: must be finite")
+        if key.rpartition(".")[2] == "seed" and not 0 <= value <= _LARGEST_SEED:
+            raise ConfigError(f"{key}={value}: must be 0 to {_LARGEST_SEED}")
+    if "/" in root.model.name or root.model.name in (".", ".."):
+        raise ConfigError(f"model.name={root.model.name}: names a directory under output_dir, and cannot be a path")
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value that is no group or list, with its dotted key."""
+    if isinstance(value, dict):
+        for name, each in value.items():
+            yield from _leaves(each, f"{key}.{name}" if key else name)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _leaves(each, key)
+    else:
+        yield key, value
 
 
 def _check_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -7,6 +7,7 @@ To add a method: write a module with a settings dataclass and a class that imple
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 from typing import Any
 
@@ -20,13 +21,23 @@ METHODS: dict[str, tuple[str, str, str]] = {
 }
 
 
+@functools.cache
 def settings_class(name: str) -> type:
     """The method's settings dataclass with a `name` field in front: the typed schema of the `method` config group."""
-    module, settings, _ = METHODS[name]
-    base = getattr(importlib.import_module(module), settings)
+    base = _settings_base(name)
     return dataclasses.make_dataclass(
-        f"{settings}Config", [("name", str, dataclasses.field(default=name))], bases=(base,)
+        f"{base.__name__}Config", [("name", str, dataclasses.field(default=name))], bases=(base,)
     )
+
+
+def is_settings_of(name: str, settings: Any) -> bool:
+    """Whether settings are of this method's class."""
+    return isinstance(settings, _settings_base(name))
+
+
+def _settings_base(name: str) -> type:
+    module, settings, _ = METHODS[name]
+    return getattr(importlib.import_module(module), settings)
 
 
 def build_method(name: str, settings: Any):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,12 +16,13 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from odyssey.config import RootConfig, validate
+from odyssey.config import RootConfig, typed_config, validate
 from odyssey.errors import ConfigError
 
 
@@ -42,7 +44,7 @@ def check_command_line(arguments: list[str], config_dir: Path) -> CommandLine:
         return CommandLine([])
     with initialize_config_dir(str(config_dir), version_base="1.3"):
         jobs, launcher = _jobs(parsed)
-        cells = [validate(_compose(overrides)) for overrides in jobs]
+        cells = [_validated(_compose(overrides)) for overrides in jobs]
     common = set(jobs[0]).intersection(*jobs) if len(jobs) > 1 else set(jobs[0])
     settings = [" ".join(override for override in job if override not in common) for job in jobs]
     return CommandLine(cells, settings, launcher is not None, launcher or {})
@@ -63,11 +65,16 @@ def check_output_dirs(cells: list[RootConfig]) -> None:
 
 def _jobs(parsed) -> tuple[list[list[str]], dict | None]:
     """The override list of every job: the sweep's values expanded, one for a single run; and a sweep's launcher."""
+    parser = OverridesParser.create()
     try:
-        overrides = OverridesParser.create().parse_overrides(parsed.overrides)
+        overrides = parser.parse_overrides(parsed.overrides)
     except OverrideParseException as error:
-        raise ConfigError(f"{error.override}: not of the form key=value") from error
+        raise ConfigError(_not_parsed(error.override)) from error
     swept = [override for override in overrides if override.is_sweep_override()]
+    for override in swept:
+        if isinstance(override.value(), Glob):
+            # It would take the schemas behind the options for options.
+            raise ConfigError(f"{override.input_line}: glob() is not supported; name the options: a,b")
     plain = [override for override in overrides if not override.is_sweep_override()]
     plain_lines = [override.input_line for override in plain]
     config = _compose(plain_lines, hydra_config=True)
@@ -78,9 +85,29 @@ def _jobs(parsed) -> tuple[list[list[str]], dict | None]:
     params = dict(config.hydra.sweeper.get("params") or {})
     named = {override.get_key_element() for override in overrides}
     lines = [f"{key}={value}" for key, value in params.items() if key not in named] + parsed.overrides
-    expanded = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(lines), max_batch_size=None)
+    expanded = BasicSweeper.split_arguments(parser.parse_overrides(lines), max_batch_size=None)
     launcher = OmegaConf.to_container(config.hydra.launcher, resolve=True)
     return [list(job) for batch in expanded for job in batch], launcher
+
+
+def _validated(config: DictConfig) -> RootConfig:
+    """As the process of the cell will have it: also keys that were added with + are held against the schema."""
+    try:
+        root = validate(config)
+        typed_config(OmegaConf.create(OmegaConf.to_container(config, resolve=True)))
+    except ConfigKeyError as error:
+        raise ConfigError(f"{error.full_key}: unknown key") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    return root
+
+
+def _not_parsed(line: str) -> str:
+    key, equals, value = line.partition("=")
+    if not equals or not re.fullmatch(r"[~+]*[\w/@.-]+", key):
+        return f"{line}: not of the form key=value"
+    quoted = shlex.quote(f'{key}="{value}"')
+    return f"{line}: not of the form key=value; a value with characters such as = ( ) ~ needs quotes: {quoted}"
 
 
 def _compose(overrides: list[str], hydra_config: bool = False) -> DictConfig:
@@ -90,6 +117,11 @@ def _compose(overrides: list[str], hydra_config: bool = False) -> DictConfig:
         raise ConfigError(_unknown_option(str(error))) from error
     except (ConfigCompositionException, HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, overrides)) from error
+    except ValueError as error:
+        # Hydra's word for a group that is null.
+        nulls = [line for line in overrides if line.endswith("=null") and "." not in line]
+        problem = "cannot be null; name one of its options" if nulls else str(error).splitlines()[0]
+        raise ConfigError(f"{', '.join(nulls or overrides)}: {problem}") from error
     except AssertionError as error:
         # OmegaConf asserts where an override goes into a group that is null.
         keys = ", ".join(line.partition("=")[0] for line in overrides if "." in line.partition("=")[0])
