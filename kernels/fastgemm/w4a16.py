@@ -128,7 +128,7 @@ def gemm(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None = None
     Args:
         x: [M, K] of dtype `packed.dtype` on `packed.device`; M any number of tokens, also 0.
         packed: the weight [N, K] from `pack`.
-        bias: None or [N] of the same dtype, added to the rounded product.
+        bias: None or [N] of the same dtype, added to the rounded product (dequantize: where `F.linear` adds it).
 
     Returns:
         [M, N] of the same dtype.

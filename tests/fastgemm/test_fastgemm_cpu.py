@@ -125,12 +125,21 @@ def test_quantize_per_token_is_bit_exact(dtype, k, rng):
     assert not q[3].any()
 
 
+def test_quotients_above_127_are_saturated():
+    """A subnormal scale has so few digits that x / scale leaves int8 on both sides."""
+    x = torch.tensor([[-190.0, 190.0, 64.0, -3.0]]) * 2**-149
+    q, scale = fastgemm.quantize_per_token(x)
+    assert scale.item() == 2**-149
+    assert q.tolist() == [[-128, 127, 64, -3]]
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_not_finite_rows_are_not_hidden(bad):
     x = torch.randn(3, 64)
     x[1, 5] = bad
     q, scale = fastgemm.quantize_per_token(x)
     assert torch.isfinite(scale).tolist() == [True, False, True]
+    assert not q[1].any()
     y = fastgemm.w8a8_gemm(q, scale, torch.ones(16, 64, dtype=torch.int8), torch.ones(16))
     assert torch.isfinite(y).all(dim=1).tolist() == [True, False, True]
     gate_up = torch.cat([x, x], dim=1)

@@ -49,6 +49,13 @@ def test_cpu_product_matches_float64(n, k, group_size, with_zeros, dtype):
     assert p.error(y) < TOLERANCE[dtype]
 
 
+def test_a_group_of_more_than_all_columns_is_one_scale_per_channel():
+    p = Problem(16, 64, -1, torch.float32)
+    packed = p.pack(128)
+    assert packed.group_size == 64
+    assert torch.equal(packed.tensors["weight"], p.pack(-1).tensors["weight"])
+
+
 def test_bias_and_no_tokens():
     p = Problem(32, 128, 64, torch.float32)
     packed = p.pack(64)
