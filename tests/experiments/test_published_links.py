@@ -1,4 +1,4 @@
-"""What README.md, CHANGELOG.md and docs/ link to and the records that they name are there."""
+"""What the documents link to and the records that they name are there."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import re
 import pytest
 from helpers.published import PROJECT
 
-DOCUMENTS = [PROJECT / "README.md", PROJECT / "CHANGELOG.md", *sorted((PROJECT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    *(PROJECT / name for name in ("README.md", "CHANGELOG.md", "kernels/fastgemm/README.md", "results/README.md")),
+    *sorted((PROJECT / "docs").glob("*.md")),
+]
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)(?:#[^)]*)?\)")
 # A path in backquotes, without placeholders.
 NAMED = re.compile(r"`((?:results|docs|conf|tests|experiments|odyssey|baselines|kernels)/[\w./-]+)`")
 RECORD = re.compile(r"`((?:plans/)?\d{4}-\d{2}-\d{2}[\w-]*\.json)`")
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(PROJECT)))
 def test_links_and_paths_exist(document):
     text = document.read_text()
     missing = [link for link in LINK.findall(text) if not (document.parent / link).exists()]
@@ -22,7 +25,7 @@ def test_links_and_paths_exist(document):
     assert missing == []
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(PROJECT)))
 def test_records_that_are_named_by_their_file_exist(document):
     folders = [path for path in (PROJECT / "results").rglob("*") if path.is_dir()]
     names = RECORD.findall(document.read_text())
