@@ -9,7 +9,7 @@ from helpers.cells import cell_config
 from helpers.checkpoints import byte_tokenizer, write_checkpoint
 from transformers import AutoModelForCausalLM
 
-from odyssey.accuracy.perplexity import document_windows, perplexity
+from odyssey.accuracy.perplexity import document_windows, perplexity, stream_windows
 from odyssey.cell import Cell
 from odyssey.config import AccuracyConfig, DataConfig, PerplexityConfig
 from odyssey.data.texts import Corpus, load_corpus
@@ -40,6 +40,18 @@ def test_equals_a_float64_computation(model):
     assert result["nll"] == pytest.approx(means, rel=1e-5)
     assert (result["windows"], result["tokens"]) == (windows, windows * window)
     assert result["stderr"] == pytest.approx(result["value"] * np.std(means, ddof=1) / math.sqrt(windows), rel=1e-4)
+
+
+def test_a_bos_stands_at_the_start_of_the_whole_text_alone():
+    windows = stream_windows(Corpus("file", [TEXT[:300], TEXT[300:]], "text"), byte_tokenizer(bos=True), window=96)
+    assert windows.flatten().tolist() == [0, *byte_tokenizer()(f"{TEXT[:300]}\n\n{TEXT[300:]}").input_ids][:960]
+
+
+def test_every_c4_document_has_a_bos():
+    """A document of 48 tokens and the BOS is longer than a window of 48: its only window begins with it."""
+    corpus = Corpus("c4", [TEXT[:47], TEXT[:48]], "shard")
+    windows = document_windows(corpus, byte_tokenizer(bos=True), window=48, count=3, seed=0)
+    assert windows.tolist() == [[0, *byte_tokenizer()(TEXT[:47]).input_ids]] * 3
 
 
 def test_max_windows_takes_the_first(model):

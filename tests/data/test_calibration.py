@@ -32,6 +32,27 @@ def test_c4_windows_come_from_single_documents_that_are_long_enough():
         assert sum(decoded in document for document in DOCUMENTS.documents) == 1
 
 
+def test_a_bos_stands_at_the_start_of_a_text_alone():
+    (window,) = sample_calibration(STREAM, byte_tokenizer(bos=True), num_samples=1, seqlen=301, seed=0).tokens
+    assert window.tolist() == [0, *byte_tokenizer()(STREAM.joined()).input_ids]
+    documents = Corpus("c4", ["ab" * 16, "cd" * 15], "c4.jsonl")
+    (window,) = sample_calibration(documents, byte_tokenizer(bos=True), num_samples=1, seqlen=32, seed=0).tokens
+    assert window.tolist() == [0, *byte_tokenizer()("ab" * 16).input_ids][:32]
+
+
+def test_every_window_can_be_drawn():
+    """All starts of the stream; of a document all but its last, as in GPTQ's code."""
+    stream = Corpus("file", ["abcdefgh"], "stream.txt")
+    found = {byte_tokenizer().decode(window) for window in _sample(stream, num_samples=60, seqlen=5).tokens}
+    assert found == {"abcde", "bcdef", "cdefg", "defgh"}
+    texts = ["abcdefgh", "stuvwxyz", "12345678"]
+    found = set()
+    for seed in range(60):
+        drawn = _sample(Corpus("c4", texts, "c4.jsonl"), num_samples=2, seqlen=5, seed=seed)
+        found |= {byte_tokenizer().decode(window) for window in drawn.tokens}
+    assert found == {text[start : start + 5] for text in texts for start in range(3)}
+
+
 def test_provenance_says_what_was_drawn():
     provenance = _sample(STREAM).provenance
     assert (provenance["dataset"], provenance["num_samples"], provenance["seqlen"]) == ("file", 3, 32)

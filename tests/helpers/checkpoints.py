@@ -5,18 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 VOCABULARY = 256
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte; enough to run the whole path on any text."""
+def byte_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
+    """One token per byte; enough to run the whole path on any text. bos: with token 0 in front of every text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({symbol: index for index, symbol in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{alphabet[0]} $A", special_tokens=[(alphabet[0], 0)]
+        )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
