@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from experiments.comparison import NOT_REPORTED, NOT_RUN
-from experiments.end_to_end import BASELINE, INPUT_LEN, OUTPUT_LEN, Timed, weights_note
+from experiments.end_to_end import BASELINE, INPUT_LEN, OUTPUT_LEN, Timed, turns_note, weights_note
+from experiments.measured import joined_notes
 from experiments.not_run import NotRun
 from experiments.paper import STAGES
 from experiments.style import method_name, model_name
@@ -60,7 +61,7 @@ def _row(timed: Timed, stage: str, rows: list[Timed]) -> tuple:
     ratio = None
     if milliseconds and base is not None and base.run == timed.run and base.ok:
         ratio = _stage_ms(base, stage) / milliseconds
-    note = weights_note(row)
+    note = joined_notes([weights_note(row), turns_note(timed, BASELINE) if ratio else None])
     shown = milliseconds if timed.ok else row["outcome"]
     return (
         model_name(row["model"]), row["batch_size"], stage, method_name(row["method"]), shown, ratio, None,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from experiments import paper
 from experiments.comparison import NOT_RUN
-from experiments.measured import Measurement, format_label, model_of, short_commit
+from experiments.measured import Measurement, format_label, joined_notes, model_of, short_commit
 from experiments.style import engine_rank, method_name, model_name, model_rank
 from experiments.table import Column, Table
 from odyssey.record import OK
@@ -50,17 +50,26 @@ def timed_rows(documents: Iterable[dict], records: Iterable[dict] = ()) -> list[
     """
     found: list[Timed] = []
     for content, run in _runs(documents, records):
-        environment = content["environment"]
-        gpu = environment.get("gpu")
-        device = gpu["name"] if isinstance(gpu, dict) else gpu or environment.get("cpu") or "CPU"
-        commit = short_commit(environment.get("git_commit"))
+        device, commit = _device(content), short_commit(content["environment"].get("git_commit"))
         rows = [row for row in content["rows"] if (row["input_len"], row["output_len"]) == (INPUT_LEN, OUTPUT_LEN)]
         found += [Timed(row, device, commit, run) for row in rows]
-    compared = [timed for timed in found if timed.ok and timed.key[2] in COMPARED]
-    together = Counter((timed.run, *timed.key[:2]) for timed in compared)
+    compared = {(timed.run, *timed.key) for timed in found if timed.ok and timed.key[2] in COMPARED}
+    together = Counter(each[:3] for each in compared)
     last = {timed.commit: order for order, timed in enumerate(found)}
     found.sort(key=lambda timed: (timed.ok, together[timed.run, *timed.key[:2]], last[timed.commit]))
     return sorted({(timed.device, *timed.key): timed for timed in found}.values(), key=_rank)
+
+
+def _device(content: dict) -> str:
+    """Where a run was timed, which may be the CPU of a machine that has a GPU, and the dtype of what is not quantized
+    where that is not float16."""
+    environment = content["environment"]
+    gpu = environment.get("gpu")
+    name = gpu["name"] if isinstance(gpu, dict) else gpu
+    if not name or str(content.get("device", "")).startswith("cpu"):
+        name = environment.get("cpu") or "CPU"
+    dtypes = {row["dtype"] for row in content["rows"] if row.get("dtype")} - {"float16"}
+    return ", ".join([name, *sorted(dtypes)])
 
 
 def _runs(documents: Iterable[dict], records: Iterable[dict]) -> Iterator[tuple[dict, str]]:
@@ -69,7 +78,8 @@ def _runs(documents: Iterable[dict], records: Iterable[dict]) -> Iterator[tuple[
         latency = record.get("latency", {})
         rows = latency.get("rows") or _failed_rows(record)
         if rows:
-            content = {"environment": record.get("environment", {}), "rows": rows}
+            content = {key: record[key] for key in ("environment", "device") if key in record}
+            content = {"environment": {}, **content, "rows": rows}
             ordered.append((record.get("started", ""), content, record["path"]))
     for _, content, path in sorted(ordered, key=lambda each: (each[0], each[2])):
         yield content, path
@@ -125,6 +135,7 @@ def latencies(rows: list[Timed], batch_size: int = 1) -> list[Measurement]:
             continue
         for engine, baseline in SAME_FORMAT.items():
             note = f"measured: over {method_name(baseline)} in the same engine and run"
+            note = joined_notes([note, turns_note(timed, baseline)])
             found += _ratio(timed, rows, baseline, f"{METHOD} over {engine}", note)
     return found
 
@@ -134,7 +145,7 @@ def speedups(rows: list[Timed], batch_size: int = 1) -> list[Measurement]:
     found = []
     for timed in rows:
         if timed.row["method"] == FORMAT and timed.row["batch_size"] == batch_size:
-            found += _ratio(timed, rows, BASELINE, METHOD)
+            found += _ratio(timed, rows, BASELINE, METHOD, turns_note(timed, BASELINE))
     return found
 
 
@@ -191,10 +202,11 @@ def end_to_end_table(rows: list[Timed]) -> Table:
         drawn.append(
             (*front, row["prefill_ms"], row["decode_ms_per_token"], (row.get("step_ms") or {}).get("p99"),
              row["total_ms"], floor, row["total_ms"] / floor if floor else None, speedup(timed, rows, BASELINE),
-             row["tokens_per_s"], peak / 2**30 if peak else None, row.get("energy_j_per_token"), *back, _note(row))
+             row["tokens_per_s"], peak / 2**30 if peak else None, row.get("energy_j_per_token"), *back, _note(timed))
         )  # fmt: skip
     notes = (
-        f"{INPUT_LEN} tokens in, {OUTPUT_LEN} out, greedy; medians of interleaved runs in one process. Floor: the "
+        f"{INPUT_LEN} tokens in, {OUTPUT_LEN} out, greedy; medians of runs in one process, in turns where the "
+        "note says nothing else. Floor: the "
         "prefill's operations at the measured matrix peaks, bytes of weights and KV cache at the measured bandwidth "
         "(docs/engine.md).",
     )
@@ -210,11 +222,20 @@ def weights_note(row: dict) -> str | None:
     return "random weights, int4 of mean -0.5" if biased else "random weights"
 
 
-def _note(row: dict) -> str | None:
+def turns_note(timed: Timed, baseline: str) -> str | None:
+    """That a row did not take turns with `baseline`: what does not fit into memory together is timed one by one."""
+    together = timed.row.get("interleaved_with")
+    if together is not None and len(together) == 1:
+        return "in turns with no other"
+    return None if together is None or baseline in together else f"not in turns with {method_name(baseline)}"
+
+
+def _note(timed: Timed) -> str | None:
+    row = timed.row
     reasons = row.get("gpu", {}).get("throttle_reasons")
-    parts = [weights_note(row)]
+    parts = [weights_note(row), turns_note(timed, BASELINE)]
     if reasons:
         parts.append(f"throttled: {', '.join(reasons)}")
     if row.get("backend"):
         parts.append(f"kernel: {row['backend']}")
-    return ", ".join(part for part in parts if part) or None
+    return joined_notes(parts)

@@ -152,8 +152,9 @@ def _not_run(reasons: Sequence[Reason]) -> str:
 
 
 def _short_device(name: str) -> str:
-    """The model of a GPU without its maker, memory and dtype, as there is room for in a legend."""
-    return " ".join(name.partition(",")[0].removeprefix("NVIDIA ").split()[:2])
+    """The model of a GPU without its maker, as there is room for in a legend; dtypes other than float16 stay."""
+    model, *dtypes = name.split(", ")
+    return ", ".join([" ".join(model.removeprefix("NVIDIA ").split()[:2]), *dtypes])
 
 
 def draw_end_to_end(path: Path, rows: Sequence[Timed]) -> list[Path]:

@@ -9,18 +9,14 @@ from experiments.comparison import comparison_table
 from experiments.differences import with_differences
 from experiments.end_to_end import BASELINE, METHOD, SAME_FORMAT
 from experiments.gemm import STAGE_TOKENS, gemm_cells
-from experiments.measured import Measurement, single_protocol
+from experiments.measured import Measurement
 from experiments.not_run import NotRun, Reason
 from experiments.style import engine_rank, kernel_name, method_name, model_name, model_rank
 from experiments.table import Column, Table
 
 
 def table4_latency(measurements: Sequence[Measurement] = (), not_run: NotRun | None = None) -> Table:
-    """Milliseconds for 1024 tokens in and 128 out, and their ratios; measurements are of end_to_end.latencies.
-
-    Raises MixedProtocolsError.
-    """
-    single_protocol(list(measurements))
+    """Milliseconds for 1024 tokens in and 128 out, and their ratios; measurements are of end_to_end.latencies."""
     cells = {cell: figure for cell, figure in paper.reported(paper.LATENCY).items()}
     order = [*paper.ENGINES, *(f"odyssey over {engine}" for engine in paper.ENGINES)]
     units = {cell[1]: figure.unit for cell, figure in cells.items()}
@@ -61,8 +57,7 @@ def engine_name(engine: str) -> str:
 
 
 def figure6_table(measurements: Sequence[Measurement] = (), not_run: NotRun | None = None) -> Table:
-    """Speed-up of W4A8 over FP16 in the same engine, by model. Raises MixedProtocolsError."""
-    single_protocol(list(measurements))
+    """Speed-up of W4A8 over FP16 in the same engine, by model."""
     limit = paper.HUGGING_FACE_SPEEDUP
     return comparison_table(
         "figure6_speedup",

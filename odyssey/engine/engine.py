@@ -68,8 +68,8 @@ class Engine:
     ) -> list[list[int]]:
         """Tokens that follow each prompt; a sequence ends behind the first of `eos_tokens`, which it keeps.
 
-        on_tokens(sequence, tokens) is called as they come. Raises ValueError for an empty prompt, too many prompts, or
-        prompts that leave no room for max_new_tokens in the cache.
+        on_tokens(sequence, tokens) is called as they come. Raises ValueError for an empty prompt, no or too many
+        prompts, tokens outside the vocabulary, or prompts that leave no room for max_new_tokens in the cache.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
@@ -79,7 +79,8 @@ class Engine:
                 f"the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}: "
                 f"the cache holds {self.cache.max_len}"
             )
-        count = len(prompts)
+        # Before the capture, which would be of a step that cannot run.
+        count = len(self._lengths(prompts))
         self.prepare(count, sampling)
         # Behind the capture, whose trial steps draw, too.
         self._generator.manual_seed(seed)
@@ -123,14 +124,11 @@ class Engine:
 
         prompts: lists of tokens, or int64 [B, length] where all have the same length.
         Returns the logits of every prompt's last token [B, vocab_size].
-        Raises ValueError for an empty prompt, too many prompts, or a prompt that is longer than the cache.
+        Raises ValueError for an empty prompt, no or too many prompts, a prompt that is longer than the cache, or, of
+        lists, tokens outside the vocabulary.
         """
-        lengths = [len(prompt) for prompt in prompts]
+        lengths = self._lengths(prompts)
         count = len(lengths)
-        if not 1 <= count <= self.cache.batch_size:
-            raise ValueError(f"{count} prompts for a cache of {self.cache.batch_size} sequences")
-        if min(lengths) < 1 or max(lengths) > self.cache.max_len:
-            raise ValueError(f"a prompt must have 1 to {self.cache.max_len} tokens, got {min(lengths)}..{max(lengths)}")
         tokens = self._flat(prompts)
         plan = self._plan(lengths)
         if len(plan) == 1 and plan[0] in self._prefills:
@@ -203,6 +201,21 @@ class Engine:
                     chunks.append(tuple(open_chunk))
                     open_chunk, room = [], self.prefill_tokens
         return chunks + ([tuple(open_chunk)] if open_chunk else [])
+
+    def _lengths(self, prompts: Sequence[Sequence[int]] | torch.Tensor) -> list[int]:
+        """Tokens of each prompt; raises what `prefill` does."""
+        lengths = [len(prompt) for prompt in prompts]
+        if not 1 <= len(lengths) <= self.cache.batch_size:
+            raise ValueError(f"{len(lengths)} prompts for a cache of {self.cache.batch_size} sequences")
+        if min(lengths) < 1 or max(lengths) > self.cache.max_len:
+            raise ValueError(f"a prompt must have 1 to {self.cache.max_len} tokens, got {min(lengths)}..{max(lengths)}")
+        if not isinstance(prompts, torch.Tensor):
+            vocabulary = self.weights.shapes.vocab_size
+            first, last = min(map(min, prompts)), max(map(max, prompts))
+            if first < 0 or last >= vocabulary:
+                outside = first if first < 0 else last
+                raise ValueError(f"token {outside}: the model's vocabulary has the tokens 0 to {vocabulary - 1}")
+        return lengths
 
     def _flat(self, prompts: Sequence[Sequence[int]] | torch.Tensor) -> torch.Tensor:
         if isinstance(prompts, torch.Tensor):

@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-sizes", default="1", type=_numbers, help="(%(default)s)")
     parser.add_argument("--input-len", default=1024, type=_number, help="tokens of a prompt (%(default)s)")
     parser.add_argument("--output-len", default=128, type=_number, help="tokens that are generated (%(default)s)")
-    parser.add_argument("--warmup", default=1, type=int, help="whole runs that do not count (%(default)s)")
+    parser.add_argument("--warmup", default=1, type=_count, help="whole runs that do not count (%(default)s)")
     parser.add_argument("--repeats", default="5", type=_numbers, help="runs, one number or one per batch (%(default)s)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), help="(float16, on CPU float32)")
@@ -54,7 +54,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
+    # A name that is given twice would be timed and counted twice.
+    return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
 
 
 def _names(text: str) -> list[str]:
@@ -67,6 +68,12 @@ def _names(text: str) -> list[str]:
 def _number(text: str) -> int:
     if not text.strip().isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, at least 1")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.strip().isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, at least 0")
     return int(text)
 
 
@@ -96,7 +103,13 @@ def _measure(options: argparse.Namespace) -> dict:
     on_gpu = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     dtype = getattr(torch, options.dtype or ("float16" if on_gpu else "float32"))
-    configs = {_name(model): _config(model) for model in options.models}
+    if len(set(options.batch_sizes)) < len(options.batch_sizes):
+        raise ConfigError(f"--batch-sizes {','.join(map(str, options.batch_sizes))}: give each once")
+    configs = {}
+    for model in options.models:
+        if _name(model) in configs:
+            raise ConfigError(f"--models {model}: rows of another model have the name {_name(model)}; rename one")
+        configs[_name(model)] = _config(model)
     for model in options.models:
         if not (on_gpu or model == "tiny" or Path(model).is_dir()):
             refuse_published_on_cpu(model, options.device)
@@ -110,6 +123,7 @@ def _measure(options: argparse.Namespace) -> dict:
         "format": DOCUMENT_FORMAT,
         "format_version": DOCUMENT_VERSION,
         "started": _now(),
+        "device": str(device),
         "environment": environment.describe(),
         "protocol": {
             "input_len": options.input_len,

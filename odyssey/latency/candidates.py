@@ -78,8 +78,9 @@ class EngineCandidate:
         for _ in range(output_len - 1):
             engine.step(count)
             marks.append(_mark(on_gpu))
-        # All steps are queued and the GPU is at work on them.
-        monitor.sample()
+        if output_len > 1:
+            # All steps are queued and the GPU is at work on them.
+            monitor.sample()
         ended = _clock(engine.device)
         if not torch.isfinite(logits).all():
             self.problem = (

@@ -114,8 +114,9 @@ def _is_fp16(entry: Entry) -> bool:
 
 
 def _own_figures(row: dict) -> dict:
-    samples = row["samples"]
-    decode = [sum(steps) / len(steps) for steps in samples["step_ms"] if steps]
+    samples, steps = row["samples"], row["output_len"] - 1
+    phases = zip(samples["prefill_ms"], samples["total_ms"], strict=True)
+    decode = [(total - prefill) / steps for prefill, total in phases] if steps else []
     return {
         "prefill_ms": summarize(samples["prefill_ms"]),
         "decode_ms_per_token": summarize(decode) if decode else None,

@@ -148,6 +148,8 @@ def _joined(first: dict, second: dict) -> dict:
             weights = (first["samples"], second["samples"])
             mean = (mine["mean"] * weights[0] + value["mean"] * weights[1]) / max(1, sum(weights))
             joined[key] = {"min": min(mine["min"], value["min"]), "mean": mean, "max": max(mine["max"], value["max"])}
+        elif isinstance(value, dict):
+            joined[key] = value
         elif key == "throttle_reasons" and value is not None:
             joined[key] = sorted({*(mine or ()), *value})
         elif key == "throttled" and value is not None:

@@ -30,9 +30,9 @@ def measure(
 ) -> dict:
     """Time `model` and, interleaved run by run in this process, the unquantized `reference`.
 
-    Returns JSON-ready prefill_ms (TTFT), decode_ms_per_token (TPOT), total_ms, each a summary with raw samples,
-    decode_tokens_per_s, total_tokens_per_s (generated tokens of the batch over the whole run), and with a reference the
-    same under "reference" plus speedup_over_reference (ratio of median totals).
+    Returns JSON-ready prefill_ms (TTFT), decode_ms_per_token (TPOT; None for one token), total_ms, each a summary with
+    raw samples, decode_tokens_per_s, total_tokens_per_s (generated tokens of the batch over the whole run), and with a
+    reference the same under "reference" plus speedup_over_reference (ratio of median totals).
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
@@ -62,14 +62,14 @@ def measure(
 
 
 def _figures(samples: list[tuple[float, float]], batch_size: int, output_len: int) -> dict:
-    steps = max(1, output_len - 1)
+    steps = output_len - 1
     total = summarize([1e3 * (prefill + decode) for prefill, decode in samples])
-    per_token = summarize([1e3 * decode / steps for _, decode in samples])
+    per_token = summarize([1e3 * decode / steps for _, decode in samples]) if steps else None
     return {
         "prefill_ms": summarize([1e3 * prefill for prefill, _ in samples]),
         "decode_ms_per_token": per_token,
         "total_ms": total,
-        "decode_tokens_per_s": 1e3 * batch_size / per_token["median"] if output_len > 1 else None,
+        "decode_tokens_per_s": 1e3 * batch_size / per_token["median"] if per_token else None,
         "total_tokens_per_s": 1e3 * batch_size * output_len / total["median"],
     }
 

@@ -29,7 +29,8 @@ def require_vllm() -> None:
 
 
 class VllmCandidate:
-    """vLLM's in-process engine. A run is two requests: one token (the prefill), then all of them."""
+    """vLLM's engine for offline inference. A run is two requests for every prompt: one token (the prefill), then all
+    of them. A request returns when it is done, so that nothing is sampled while the GPU works."""
 
     problem = None
 
@@ -53,19 +54,20 @@ class VllmCandidate:
 
     def run(self, prompt: torch.Tensor, output_len: int, monitor: GpuMonitor) -> Run:
         prompts = [{"prompt_token_ids": tokens} for tokens in prompt.tolist()]
-        first = self._timed(prompts, 1)
-        monitor.sample()
-        return Run(first, self._timed(prompts, output_len))
+        return Run(self._timed(prompts, 1), self._timed(prompts, output_len))
 
     def _timed(self, prompts: list[dict], output_len: int) -> float:
         from vllm import SamplingParams
 
-        options = SamplingParams(
-            temperature=0.0, max_tokens=output_len, min_tokens=output_len, ignore_eos=True, detokenize=False
-        )
+        # min_tokens would add a logits processor to every step; without an end there is nothing that it forbids.
+        options = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True, detokenize=False)
         started = time.perf_counter()
-        self._llm.generate(prompts, options, use_tqdm=False)
-        return 1e3 * (time.perf_counter() - started)
+        outputs = self._llm.generate(prompts, options, use_tqdm=False)
+        elapsed = 1e3 * (time.perf_counter() - started)
+        counts = {len(output.outputs[0].token_ids) for output in outputs}
+        if counts != {output_len}:
+            raise UnsupportedError(f"vLLM returned {sorted(counts)} tokens where {output_len} were asked for")
+        return elapsed
 
     def close(self) -> None:
         self._llm = None
@@ -124,4 +126,7 @@ def _row(timing: Timing, model: str, group: LatencyConfig) -> dict:
         timing, model=model, batch_size=group.batch_size, input_len=group.input_len, output_len=group.output_len,
         floor=None,
     )  # fmt: skip
-    return {**row, "method": f"vllm-{row['format']}", "weight_bytes": None}
+    method = f"vllm-{row['format']}"
+    # The energy of a run is that of both of its requests.
+    unknown = {"weight_bytes": None, "energy_j_per_token": None}
+    return {**row, **unknown, "method": method, "interleaved_with": [method]}

@@ -127,11 +127,16 @@ def test_sampled_text_depends_on_the_seed_alone(device, checkpoints):
         ([[1] * 60], 8, "the cache holds 64"),
         ([[1], [2], [3]], 4, "3 prompts for a cache of 2"),
         ([[1], []], 4, "a prompt must have 1 to 64 tokens"),
+        ([], 4, "0 prompts for a cache of 2"),
+        ([[1], [3, 256]], 4, "token 256: the model's vocabulary has the tokens 0 to 255"),
+        ([[-1, 256]], 4, "token -1: the model's vocabulary"),
         ([[1]], 0, "max_new_tokens must be at least 1"),
     ],
 )
 def test_what_does_not_fit_is_refused(prompts, new_tokens, message, checkpoints):
     engine = Engine(load_weights(checkpoints("gqa")), batch_size=2, max_len=64)
+    # Nothing is captured for what cannot run.
+    engine.prepare = lambda *_: pytest.fail("it went on")
     with pytest.raises(ValueError, match=message):
         engine.generate(prompts, new_tokens)
 

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from experiments.__main__ import main
+from experiments.bitwidths import figure1_table
 from experiments.end_to_end import end_to_end_table, latencies, speedup, speedups, timed_rows, weights_note
 from experiments.figures import draw_end_to_end, draw_figure6
 from experiments.latency_tables import figure6_table, table4_latency
@@ -83,6 +84,61 @@ def test_ratios_never_mix_runs_or_gpus():
     assert speedup(ours, rows, "fp16") is None
     both = timed_rows([RUN, document(RUN["rows"], path="h200/a.json", gpu="GPU 2")])
     assert len(both) == 2 * len(RUN["rows"])
+
+
+def test_a_run_on_the_cpu_of_a_machine_with_a_gpu_is_the_cpus():
+    environment = {"gpu": {"name": "GPU 1"}, "cpu": "CPU 1"}
+    slow = [row("w4a8", 25000.0, dtype="float32"), row("fp16", 80000.0, dtype="float32")]
+    on_cpu = {**document(slow, path="h100/b.json"), "environment": environment, "device": "cpu"}
+    assert {timed.device for timed in timed_rows([on_cpu])} == {"CPU 1, float32"}
+    record = {"environment": environment, "device": "cpu", "path": "x/record.json", "latency": {"rows": slow}}
+    both = timed_rows([RUN], [record])
+    assert {timed.device for timed in both} == {"GPU 1", "CPU 1, float32"}
+    (ours,) = [timed for timed in both if timed.device == "GPU 1" and timed.key == ("llama2-7b", 1, "w4a8")]
+    assert ours.row["total_ms"] == 250.0
+
+
+def test_a_run_in_another_dtype_is_of_another_device(tmp_path):
+    other = document([row("w4a8", 250.0, dtype="float32"), row("fp16", 1500.0, dtype="float32")], path="h100/b.json")
+    usual = document([row("w4a8", 250.0, dtype="float16"), row("fp16", 800.0, dtype="float16")])
+    rows = timed_rows([usual, other])
+    assert {timed.device: speedup(timed, rows, "fp16") for timed in rows if timed.key[2] == "w4a8"} == {
+        "GPU 1": pytest.approx(3.2), "GPU 1, float32": 6.0,
+    }  # fmt: skip
+    _, svg = draw_figure6(tmp_path / "six", speedups(timed_rows([other])))
+    assert "measured, GPU 1, float32" in svg.read_text()
+    _, svg = draw_end_to_end(tmp_path / "bars", rows)
+    assert svg.read_text().count("GPU 1, float32") == 1
+
+
+def test_rows_that_took_no_turns_with_fp16_say_so():
+    turns = [
+        row("fp16", 800.0, interleaved_with=["fp16"]),
+        row("w8a8", 500.0, interleaved_with=["w8a8", "w4a8"]),
+        row("w4a8", 250.0, interleaved_with=["w8a8", "w4a8"]),
+    ]
+    rows = timed_rows([document(turns)])
+    notes = {each["method"]: each["note"] for each in texts(end_to_end_table(rows))}
+    assert notes == {
+        "FP16": "random weights, in turns with no other",
+        "W8A8": "random weights, not in turns with FP16",
+        "OdysseyLLM W4A8": "random weights, int4 of mean -0.5, not in turns with FP16",
+    }
+    ratios = {each["engine"]: each["note"] for each in texts(table4_latency(latencies(rows))) if each["note"]}
+    assert ratios == {
+        "OdysseyLLM over TensorRT-LLM FP16": "measured: over FP16 in the same engine and run, not in turns with FP16",
+        "OdysseyLLM over TensorRT-LLM W8A8": "measured: over W8A8 in the same engine and run",
+    }
+    assert texts(figure6_table(speedups(rows)))[0]["note"] == "not in turns with FP16"
+    notes = {each["format"]: each["note"] for each in texts(figure1_table(rows))}
+    assert notes["W8A8"] == "random weights, not in turns with FP16"
+    assert "turns" not in str([each["note"] for each in texts(end_to_end_table(timed_rows([RUN])))])
+
+
+def test_a_row_that_is_there_twice_counts_once():
+    twice = document([row("w4a8", 250.0)] * 3, path="h100/b.json", started="2026-02-01T00:00:00", commit="0123456789")
+    rows = {timed.key[2]: timed.run for timed in timed_rows([twice, document(RUN["rows"][:3])])}
+    assert set(rows.values()) == {"h100/a.json"}
 
 
 def test_of_equal_runs_the_last_commits_counts_but_not_its_failures():

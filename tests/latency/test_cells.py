@@ -44,6 +44,12 @@ def test_a_checkpoint_takes_turns_with_the_unquantized_model_and_random_formats(
     assert latency["dummy_weights"] is False
     assert len(latency["total_ms"]["samples"]) == 2
     assert latency["total_tokens_per_s"] > 0
+    # The time of a later token is what is left of a run behind its first one, as in the row.
+    phases = zip(latency["total_ms"]["samples"], latency["prefill_ms"]["samples"], strict=True)
+    assert latency["decode_ms_per_token"]["samples"] == [(total - prefill) / 3 for total, prefill in phases]
+    assert latency["decode_ms_per_token"]["median"] == pytest.approx(
+        latency["rows"][0]["decode_ms_per_token"], abs=1e-3
+    )
     ours, reference = latency["rows"][:2]
     assert latency["speedup_over_reference"] == reference["total_ms"] / ours["total_ms"]
     assert latency["rows"][0]["interleaved_with"] == ["w4a8", "fp16", "w8a8"]

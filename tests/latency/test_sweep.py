@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from helpers.checkpoints import write_checkpoint
 
 from odyssey.engine import FORMATS, random_weights
 from odyssey.errors import UnsupportedError
@@ -59,6 +60,24 @@ def test_the_command_times_every_method_and_peer(tmp_path, capsys):
     assert document["before"]["problem"] == "no GPU"
     assert document["environment"]["git_commit"]
     assert "transformers-fp16 batch 2" in capsys.readouterr().out
+
+
+def test_two_models_of_one_name_are_refused(tmp_path, capsys):
+    for parent in ("a", "b"):
+        write_checkpoint(tmp_path / parent / "model")
+    assert main([*SMALL, "--models", f"{tmp_path / 'a' / 'model'},{tmp_path / 'b' / 'model'}"]) == 1
+    assert "rows of another model have the name model; rename one" in capsys.readouterr().err
+
+
+def test_a_method_that_is_named_twice_is_timed_once(tmp_path):
+    path = tmp_path / "result.json"
+    arguments = [*SMALL, "--models", "tiny,tiny", "--methods", "w4a8,fp16,w4a8", "--warmup", "0", "--json", str(path)]
+    assert main(arguments) == 0
+    document = json.loads(path.read_text())
+    assert [row["method"] for row in document["rows"]] == ["w4a8", "fp16"]
+    assert document["rows"][0]["interleaved_with"] == ["w4a8", "fp16"]
+    assert document["protocol"]["warmup"] == 0
+    assert document["device"] == "cpu"
 
 
 def test_methods_take_turns():
@@ -154,6 +173,7 @@ def test_too_long_a_sequence_is_a_row_with_a_reason():
         (["--models", "llama9"], "its sizes are not built in"),
         (["--batch-sizes", "1,2", "--repeats", "1,2,3"], "3 numbers for 2 batch sizes"),
         (["--device", "cuda"], "no CUDA device is visible"),
+        (["--batch-sizes", "1,4,1"], "--batch-sizes 1,4,1: give each once"),
     ],
 )
 def test_wrong_options_are_refused_in_one_line(arguments, message, capsys, monkeypatch):
@@ -210,6 +230,7 @@ def test_rows_of_a_gpu_have_memory_energy_and_clocks():
         (["--batch-sizes", "x"], "--batch-sizes: 'x': must be a whole number, at least 1"),
         (["--batch-sizes", "1,,4"], "--batch-sizes: '': must be a whole number"),
         (["--models", ""], "--models: give at least one name"),
+        (["--warmup", "-1"], "--warmup: '-1': must be a whole number, at least 0"),
     ],
 )
 def test_lists_are_refused_with_the_options_name(arguments, message, capsys):
