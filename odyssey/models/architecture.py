@@ -107,10 +107,10 @@ class LlamaFamily:
             owner.register_parameter(leaf, nn.Parameter(tensor.to(device, torch.float32), requires_grad=False))
         return block.eval()
 
-    def embed(self, reader: CheckpointReader, tokens: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """Token embeddings in float32: int64 [..., seqlen] -> [..., seqlen, hidden_size]."""
+    def embedder(self, reader: CheckpointReader, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+        """embed(tokens): int64 [..., seqlen] -> float32 [..., seqlen, hidden_size]. The table is read once and held."""
         table = reader.read(self.embedding_name)
-        return nn.functional.embedding(tokens.cpu(), table).to(device, torch.float32)
+        return lambda tokens: nn.functional.embedding(tokens.cpu(), table).to(device, torch.float32)
 
     def block_forward(self, device: torch.device) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
         """forward(block, hidden [batch, seqlen, hidden]) with causal attention and this model's rotary embedding."""

@@ -142,7 +142,7 @@ def _quantize(
     if calibration is not None and resumed < architecture.num_blocks:
         chains = _Chains(calibration, architecture.config.hidden_size, device, output_dir)
         report.activations_on_disk = chains.targets.on_disk
-        chains.start(lambda tokens: architecture.embed(reader, tokens, device), calibration.tokens)
+        chains.start(architecture.embedder(reader, device), calibration.tokens)
 
     with progress.task(f"quantizing {source.name} ({method.name})", architecture.num_blocks) as task:
         for index in range(architecture.num_blocks):

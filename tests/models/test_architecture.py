@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 from helpers.checkpoints import write_checkpoint
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
 from odyssey.errors import InvalidCheckpointError, UnsupportedError
 from odyssey.models.architecture import LlamaFamily
@@ -22,11 +22,55 @@ def test_block_by_block_equals_transformers_forward(tmp_path, family):
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     forward = architecture.block_forward(CPU)
     with torch.no_grad():
-        hidden = architecture.embed(reader, tokens, CPU)
+        hidden = architecture.embedder(reader, CPU)(tokens)
         for index in range(architecture.num_blocks):
             hidden = forward(architecture.load_block(reader, index, CPU), hidden)
         ours = model.lm_head(model.model.norm(hidden))
         assert torch.equal(ours, model(tokens).logits)
+
+
+_SHAPE = {
+    "vocab_size": 256, "hidden_size": 48, "intermediate_size": 100, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2,
+}  # fmt: skip
+_LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+_SLIDING = {"sliding_window": 40, "max_window_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "positions"),
+    [
+        (LlamaConfig(**_SHAPE, rope_parameters=_LLAMA3_ROPE), torch.bfloat16, 64),
+        (LlamaConfig(**_SHAPE, head_dim=32, attention_bias=True, mlp_bias=True), torch.float32, 64),
+        (MistralConfig(**_SHAPE, sliding_window=40), torch.bfloat16, 40),
+        (MistralConfig(**_SHAPE, sliding_window=None), torch.float16, 64),
+        (Qwen2Config(**_SHAPE, tie_word_embeddings=True, use_sliding_window=False, **_SLIDING), torch.bfloat16, 64),
+        (Qwen2Config(**_SHAPE, use_sliding_window=True, **_SLIDING), torch.float16, 40),
+    ],
+    ids=["llama-3.1", "llama with biases", "mistral", "mistral without window", "qwen2", "qwen2 with window"],
+)
+def test_every_kind_of_model_as_far_as_its_window(tmp_path, config, dtype, positions):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("bias", "norm.weight")):
+            parameter.data.normal_(name.endswith("norm.weight"), 0.3)
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    architecture, reader = LlamaFamily.from_directory(tmp_path), CheckpointReader(tmp_path)
+    assert architecture.max_positions == positions
+    tokens = torch.randint(256, (2, positions), generator=torch.Generator().manual_seed(1))
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    forward = architecture.block_forward(CPU)
+    with torch.no_grad():
+        expected = reference(tokens).logits
+        assert torch.equal(load_model(resolve_model("local", path=str(tmp_path)))(tokens).logits, expected)
+        hidden = architecture.embedder(reader, CPU)(tokens)
+        for index in range(architecture.num_blocks):
+            hidden = forward(architecture.load_block(reader, index, CPU), hidden)
+        assert torch.equal(reference.lm_head(reference.model.norm(hidden)), expected)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -66,7 +66,8 @@ class Testbed:
         if index not in self._inputs:
             if index == 0:
                 rows = self.tokens.tokens.split(1)
-                self._inputs[0] = [self.architecture.embed(self.reader, row, CPU) for row in rows]
+                embed = self.architecture.embedder(self.reader, CPU)
+                self._inputs[0] = [embed(row) for row in rows]
             else:
                 block, forward = self.block(index - 1), self.architecture.block_forward(CPU)
                 self._inputs[index] = [forward(block, hidden) for hidden in self.inputs(index - 1)]
