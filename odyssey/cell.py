@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from odyssey.child import die_with_parent
 from odyssey.config import RootConfig, register_schemas, validate
-from odyssey.errors import OdysseyError, UnsupportedError
+from odyssey.errors import MissingDataError, OdysseyError, UnsupportedError
 from odyssey.methods import existing_checkpoint
 from odyssey.outcomes import of_exception
 from odyssey.record import OK, RECORD_VERSION, cell_directory, model_directory_name, write_json
@@ -26,8 +26,8 @@ class Cell:
     """Runs the stages of a cell and collects the record as it goes, so that a failure keeps what was finished.
 
     The stages (odyssey/stages) read config, device, progress, directory and, but for random weights, what is known of
-    the model: source (its files), existing (the checkpoint that takes the place of quantizing, or None), tokenizer and
-    max_positions.
+    the model: source (its files), existing (the checkpoint that takes the place of quantizing, or None), architecture,
+    tokenizer and max_positions.
     """
 
     def __init__(self, config: RootConfig, plain_config: dict, digest: str, directory: Path | None = None) -> None:
@@ -64,6 +64,7 @@ class Cell:
         import torch
 
         from odyssey import environment
+        from odyssey.models.architecture import LlamaFamily
         from odyssey.models.load import load_tokenizer
         from odyssey.progress import Progress
         from odyssey.stages.accuracy import load_measured, measure_perplexity, measure_tasks
@@ -86,7 +87,12 @@ class Cell:
         if config.latency.dummy_weights:
             self._timed("latency_s", lambda: time_random_weights(self))
             return
+        root = config.data.root
+        if root is not None and not Path(root).expanduser().is_dir():
+            # Not when the blocks are quantized and a text is looked for; the hub's copy is not what was asked for.
+            raise MissingDataError(f"data.root={root}: no such directory")
         self._find_source(name)
+        self.architecture = LlamaFamily.from_directory(self.source.path, quantized=self.existing is not None)
         self.tokenizer = load_tokenizer(self.source)
         checkpoint = self._timed("quantization_s", lambda: quantize(self))
         measurements = {

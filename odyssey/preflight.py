@@ -17,9 +17,8 @@ import psutil
 from odyssey.config import RootConfig
 from odyssey.footprint import footprint
 from odyssey.methods import build_method
-from odyssey.preflight_inputs import Check, cached_snapshot, data_checks, model_check, model_config, texts
+from odyssey.preflight_inputs import Check, cached_snapshot, data_checks, model_check, model_sizes, texts
 from odyssey.record import model_directory_name
-from odyssey.sizes import ModelSizes
 
 _GEMM_SECONDS, _GEMM_HOST_BYTES, _GEMM_GPU_BYTES = 1800.0, 4 * 2**30, 8 * 2**30
 _UNKNOWN_HOST_BYTES, _UNKNOWN_SECONDS = 16 * 2**30, 4 * 3600.0
@@ -51,11 +50,10 @@ def predict(root: RootConfig) -> Prediction:
         return Prediction("GEMM", "", _GEMM_GPU_BYTES, _GEMM_HOST_BYTES, 2**20, _GEMM_SECONDS)
     scheme = build_method(root.method.name, root.method).scheme
     label, name = f"{root.method.name} {scheme.label}", model_directory_name(root)
-    config = model_config(root.model)
-    if config is None:
+    sizes = model_sizes(root.model)
+    if sizes is None:
         return Prediction(label, name, 0, _UNKNOWN_HOST_BYTES, 0, _UNKNOWN_SECONDS, known=False)
-    sizes = ModelSizes.from_config(config)
-    cores = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    cores = _cores()
     free = psutil.virtual_memory().available
     found = footprint(root, sizes, scheme, texts=texts(root), on_gpu=on_gpu, cores=cores, free_bytes=free)
     disk, model = found.disk_bytes, root.model
@@ -74,6 +72,12 @@ def preflight(root: RootConfig, runs_here: bool = True) -> Prediction:
     if runs_here:
         prediction.checks += [_host_check(prediction), *_gpu_checks(root, prediction)]
     return prediction
+
+
+def _cores() -> int:
+    # OpenMP takes a number for each level of nesting; the first is the one that counts here.
+    named = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(named) if named.isdigit() and int(named) else len(os.sched_getaffinity(0))
 
 
 def uses_gpu(root: RootConfig) -> bool:

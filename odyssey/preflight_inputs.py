@@ -12,9 +12,10 @@ from odyssey.config import CalibrationConfig, ModelConfig, PerplexityConfig, Roo
 from odyssey.data.hub import find_snapshot
 from odyssey.errors import OdysseyError
 from odyssey.methods import build_method, existing_checkpoint
+from odyssey.models.architecture import LlamaFamily
 from odyssey.models.embedded import TINY_PATH
 from odyssey.models.reader import CheckpointReader
-from odyssey.sizes import Texts
+from odyssey.sizes import ModelSizes, Texts
 
 _HUB_TIMEOUT_S = 10
 # Where a data set is under data.root, and the bytes of its text on the hub, by split.
@@ -55,7 +56,16 @@ def model_config(model: ModelConfig) -> PreTrainedConfig | None:
         if directory is not None:
             return AutoConfig.from_pretrained(Path(directory).expanduser())
         return known_config(model.name)
-    except (OdysseyError, OSError, ValueError, KeyError):
+    except Exception:  # whatever is wrong with the file: model_check says what
+        return None
+
+
+def model_sizes(model: ModelConfig) -> ModelSizes | None:
+    """The model's sizes; None where they are not known before it is read, or are none of the LLaMA family."""
+    config = model_config(model)
+    try:
+        return None if config is None else ModelSizes.from_config(config)
+    except (AttributeError, TypeError, ValueError, ArithmeticError):
         return None
 
 
@@ -76,16 +86,10 @@ def model_check(root: RootConfig) -> Check:
     if path is None and model.name == "tiny":
         return Check(name, True, "embedded")
     if path is not None:
-        directory = Path(path).expanduser()
-        if not directory.is_dir():
-            return Check(name, False, f"{path}: no such directory")
-        if not (directory / "config.json").is_file():
-            return Check(name, False, f"{path}: no config.json")
         try:
-            CheckpointReader(directory)
-        except OdysseyError as error:
+            return _directory_check(path, root.method.name if existing else None)
+        except (OdysseyError, OSError) as error:
             return Check(name, False, str(error))
-        return Check(name, True, "local")
     if getattr(root.latency, "dummy_weights", False):
         return Check(name, True, "random weights")
     if not model.hub_id:
@@ -94,6 +98,22 @@ def model_check(root: RootConfig) -> Check:
     if snapshot is not None and list(snapshot.glob("*.safetensors")):
         return Check(name, True, "in the hub's cache")
     return _hub_check(model.hub_id, model.revision)
+
+
+def _directory_check(path: str, quantized_by: str | None) -> Check:
+    """A checkpoint on disk; quantized_by: the method whose existing checkpoint it is. Raises what its readers raise."""
+    name, directory = "model", Path(path).expanduser()
+    if not directory.is_dir():
+        return Check(name, False, f"{path}: no such directory")
+    if not (directory / "config.json").is_file():
+        return Check(name, False, f"{path}: no config.json")
+    CheckpointReader(directory)
+    LlamaFamily.from_directory(directory, quantized=quantized_by is not None)
+    if quantized_by is not None:
+        from baselines.checkpoint_import import read_layout
+
+        read_layout(directory, quantized_by)
+    return Check(name, True, "local")
 
 
 @functools.cache
@@ -139,6 +159,8 @@ def hub_reachable() -> bool:
 def data_checks(root: RootConfig) -> list[Check]:
     """One check for the calibration text and every text and task that is evaluated."""
     checks = []
+    if root.data.root is not None and not Path(root.data.root).expanduser().is_dir():
+        checks.append(Check("data.root", False, f"{root.data.root}: no such directory"))
     if _calibrates(root):
         dataset = dataset_of(root.calibration, root.model, default="c4")
         checks.append(_corpus_check("calibration", root.calibration, dataset, "train", root.data.root))

@@ -43,8 +43,12 @@ def _data_state(config: RootConfig) -> dict[str, str | None]:
         paths["perplexity"] = config.accuracy.perplexity.path
     state: dict[str, str | None] = {"root": config.data.root}
     for name, path in paths.items():
-        file = Path(path).expanduser() if path else None
-        state[name] = hashlib.sha256(file.read_bytes()).hexdigest() if file and file.is_file() else None
+        try:
+            file = Path(path).expanduser() if path else None
+            state[name] = hashlib.sha256(file.read_bytes()).hexdigest() if file and file.is_file() else None
+        except OSError:
+            # Not ours to read, or gone since: the cell says so.
+            state[name] = None
     return state
 
 
@@ -79,7 +83,7 @@ def read_record(path: Path) -> dict | None:
     """A record, or None when there is none or it cannot be read."""
     try:
         record = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) and "outcome" in record else None
 

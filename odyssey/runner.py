@@ -51,7 +51,7 @@ def _fingerprint(config: RootConfig) -> str:
         path = Path(existing).expanduser()
     try:
         return checkpoint_fingerprint(path)
-    except OdysseyError:
+    except (OdysseyError, OSError):
         return f"unreadable:{path}"
 
 

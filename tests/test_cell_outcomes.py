@@ -11,7 +11,7 @@ from helpers.sweeps import run
 from safetensors.torch import load_file, save_file
 
 from odyssey.cell import Cell
-from odyssey.config import CalibrationConfig, LatencyConfig, RootConfig
+from odyssey.config import CalibrationConfig, DataConfig, LatencyConfig, RootConfig
 from odyssey.errors import GatedModelError, MissingDataError
 from odyssey.outcomes import of_exception, of_exit
 
@@ -37,6 +37,24 @@ def test_nan_weights_are_the_cells_outcome(tmp_path):
     record = _run(_config(tmp_path, model))
     assert record["outcome"] == "invalid-checkpoint"
     assert "model.layers.2.self_attn.o_proj.weight has NaN or Inf" in record["reason"]
+
+
+def test_a_data_root_that_is_not_there_is_said_before_anything_is_quantized(tmp_path):
+    config = _config(tmp_path, write_checkpoint(tmp_path / "model"), data=DataConfig(str(tmp_path / "gone")))
+    record = _run(config)
+    assert (record["outcome"], record["reason"]) == (
+        "missing-data", f"data.root={tmp_path / 'gone'}: no such directory",
+    )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_config_of_impossible_sizes_is_an_invalid_checkpoint(tmp_path):
+    model = write_checkpoint(tmp_path / "model")
+    content = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(content | {"num_attention_heads": 0}))
+    record = _run(_config(tmp_path, model))
+    assert record["outcome"] == "invalid-checkpoint"
+    assert f"{model / 'config.json'}: not usable" in record["reason"]
 
 
 def test_a_missing_gpu_is_unsupported(tmp_path):

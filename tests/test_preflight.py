@@ -1,5 +1,7 @@
 """What a cell would miss is seen before it runs: models, gated ones, texts, tasks, disk, memory, GPU, kernels."""
 
+import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -68,6 +70,48 @@ def test_a_local_model_that_is_not_there_or_damaged(cell, tmp_path):
     with shard.open("r+b") as file:
         file.truncate(shard.stat().st_size // 2)
     assert "truncated or damaged" in _failed(cell(*arguments))["model"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"model_type": "mamba"}, "model_type 'mamba' is not supported"),
+        ({"num_attention_heads": 0}, "config.json: not usable"),
+        ({"hidden_size": "abc"}, "not usable .*'hidden_size': .*expected int, got str"),
+        ({"num_hidden_layers": None}, "not usable .*'num_hidden_layers'"),
+        ({"hidden_size": -64}, "config.json: not usable"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "already quantized"),
+        ([], "config.json: not usable"),
+    ],
+)
+def test_a_config_that_no_model_has_is_named_and_stops_no_other_cell(cell, tmp_path, content, words):
+    model = write_checkpoint(tmp_path / "model")
+    file = model / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **content} if content else content))
+    roots = [cell(f"model.path={model}", "method=rtn", "device=cpu", "accuracy=none"), cell("device=cpu")]
+    failed = _failed(roots[0])
+    assert set(failed) == {"model"}
+    assert re.search(words, failed["model"])
+    assert "\n" not in failed["model"]
+    assert not print_preflight(roots)
+
+
+def test_an_existing_checkpoint_has_to_be_a_quantized_one(cell, tmp_path):
+    model = write_checkpoint(tmp_path / "model")
+    asked = ("method=gptq", f"method.checkpoint={model}", "device=cpu", "accuracy=none")
+    assert "not quantized" in _failed(cell(*asked))["model"]
+
+
+def test_a_data_root_that_is_not_there(cell, tmp_path):
+    assert "no such directory" in _failed(cell("device=cpu", f"data.root={tmp_path / 'gone'}"))["data.root"]
+    assert "data.root" not in _failed(cell("device=cpu", f"data.root={tmp_path}"))
+
+
+@pytest.mark.parametrize(("named", "cores"), [("3", 3), ("2,1", 2), ("0", 5), ("", 5), ("many", 5)])
+def test_the_cores_that_count(monkeypatch, named, cores):
+    monkeypatch.setenv("OMP_NUM_THREADS", named)
+    monkeypatch.setattr(preflight_module.os, "sched_getaffinity", lambda pid: set(range(5)))
+    assert preflight_module._cores() == cores
 
 
 def test_texts_and_tasks(cell, tmp_path):

@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import io
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -75,6 +76,8 @@ def _from_file(path: str | None) -> Corpus:
         return Corpus("file", [file.read_text(encoding="utf-8")], file.name)
     except UnicodeDecodeError as error:
         raise MissingDataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise MissingDataError(f"{path}: cannot be read ({error}); give a whole file") from error
 
 
 def _documents(file: Path) -> Iterator[str]:
@@ -82,9 +85,12 @@ def _documents(file: Path) -> Iterator[str]:
     with opener(file, "rt", encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                yield json.loads(line)["text"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise MissingDataError(f"{file}: line {number} is not a JSON object with a 'text' field") from error
+                text = json.loads(line)["text"]
+            except (json.JSONDecodeError, KeyError, TypeError):
+                text = None
+            if not isinstance(text, str):
+                raise MissingDataError(f"{file}: line {number} is not a JSON object with a 'text' field")
+            yield text
 
 
 def wikitext_rows(text: str) -> list[str]:

@@ -20,6 +20,13 @@ from odyssey.models.reader import CheckpointReader
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2")
 
 
+def _unusable_config(directory: Path, error: Exception) -> InvalidCheckpointError:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    # A first line that ends in a colon announces the reason.
+    reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return InvalidCheckpointError(f"{directory / 'config.json'}: not usable ({reason})")
+
+
 class LlamaFamily:
     """A LLaMA-family checkpoint seen block by block.
 
@@ -52,9 +59,8 @@ class LlamaFamily:
         """
         try:
             config = AutoConfig.from_pretrained(directory)
-        except (OSError, ValueError, KeyError) as error:
-            first_line = str(error).strip().splitlines()[0]
-            raise InvalidCheckpointError(f"{directory / 'config.json'}: not usable ({first_line})") from error
+        except Exception as error:  # Transformers raises another class for every way in which a file can be wrong
+            raise _unusable_config(directory, error) from error
         if config.model_type not in SUPPORTED_MODEL_TYPES:
             raise UnsupportedError(
                 f"{directory / 'config.json'}: model_type {config.model_type!r} is not supported; "
@@ -67,7 +73,10 @@ class LlamaFamily:
                     "read a GPTQ or AWQ checkpoint with method=gptq (awq) method.checkpoint=DIR"
                 )
             del config.quantization_config
-        return cls(config)
+        try:
+            return cls(config)
+        except Exception as error:  # sizes that no model can have
+            raise _unusable_config(directory, error) from error
 
     @property
     def max_positions(self) -> int:

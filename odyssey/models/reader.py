@@ -29,9 +29,9 @@ class CheckpointReader:
         if index_path.is_file():
             try:
                 weight_map = json.loads(index_path.read_text())["weight_map"]
-            except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+                shards = {name: self.directory / file for name, file in weight_map.items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InvalidCheckpointError(f"{index_path}: not a valid index ({error}); download it again") from error
-            shards = {name: self.directory / file for name, file in weight_map.items()}
             names_in = {shard: self._names(shard) for shard in sorted(set(shards.values()))}
             for name, shard in shards.items():
                 if name not in names_in[shard]:

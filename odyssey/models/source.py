@@ -103,6 +103,8 @@ def checkpoint_fingerprint(directory: Path) -> str:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InvalidCheckpointError(f"{config}: not valid JSON ({error}); download it again") from error
     for shard in sorted(directory.glob("*.safetensors")):
+        if not shard.is_file():
+            raise InvalidCheckpointError(f"{shard}: missing shard (a link to nowhere); download the checkpoint again")
         size = shard.stat().st_size
         digest.update(f"{shard.name}:{size}".encode())
         with shard.open("rb") as file:

@@ -16,12 +16,11 @@ if TYPE_CHECKING:
 def quantize(cell: Cell) -> Path | None:
     """Write (or find) the quantized checkpoint; None for fp16, which measures the source itself."""
     from odyssey.methods import build_method, settings_dict
-    from odyssey.models.architecture import LlamaFamily
     from odyssey.models.reader import CheckpointReader
     from odyssey.quantization.pipeline import job_digest, quantize_checkpoint
 
     config = cell.config
-    architecture = LlamaFamily.from_directory(cell.source.path, quantized=cell.existing is not None)
+    architecture = cell.architecture
     cell.max_positions = architecture.max_positions
     method = build_method(config.method.name, config.method)
     cell.record["method"] = {"name": method.name, "label": method.scheme.label, "scheme": method.scheme.to_dict()}

@@ -68,6 +68,20 @@ def test_a_binary_file_is_refused(tmp_path):
         load_corpus("file", "train", path=str(path))
 
 
+def test_documents_that_are_damaged_are_named(tmp_path):
+    path = tmp_path / "text.json.gz"
+    path.write_bytes(gzip.compress(b'{"text": "a"}\n' * 1000)[:-20])
+    with pytest.raises(MissingDataError, match="text.json.gz: cannot be read"):
+        load_corpus("file", "train", path=str(path))
+    path.write_bytes(b"no gzip")
+    with pytest.raises(MissingDataError, match="text.json.gz: cannot be read"):
+        load_corpus("file", "train", path=str(path))
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "a"}\n{"text": 5}\n')
+    with pytest.raises(MissingDataError, match="line 2 is not a JSON object with a 'text' field"):
+        load_corpus("file", "train", path=str(path))
+
+
 def test_an_unreachable_hub_says_where_to_put_a_copy(monkeypatch, tmp_path):
     def load_dataset(*args, **kwargs):
         raise ConnectionError("offline")

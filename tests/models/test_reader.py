@@ -41,6 +41,13 @@ def test_a_truncated_shard_is_named(sharded, keep):
         CheckpointReader(sharded)
 
 
+@pytest.mark.parametrize("content", [b"[1]", b'{"weight_map": 5}', b'{"weight_map": {"a": 5}}', b"\xff", b"{}"])
+def test_an_index_that_is_none(sharded, content):
+    (sharded / INDEX_NAME).write_bytes(content)
+    with pytest.raises(InvalidCheckpointError, match=f"{INDEX_NAME}: not a valid index"):
+        CheckpointReader(sharded)
+
+
 def test_an_index_that_names_an_absent_tensor(sharded):
     index_path = sharded / INDEX_NAME
     index = json.loads(index_path.read_text())

@@ -1,7 +1,7 @@
 import pytest
 from helpers.checkpoints import write_checkpoint
 
-from odyssey.errors import GatedModelError, MissingModelError
+from odyssey.errors import GatedModelError, InvalidCheckpointError, MissingModelError
 from odyssey.models.source import resolve_model
 
 
@@ -15,6 +15,15 @@ def test_a_local_directory(tmp_path):
 def test_a_directory_that_is_not_there(tmp_path):
     with pytest.raises(MissingModelError, match=r"model.path=.*no such directory"):
         resolve_model("mine", path=str(tmp_path / "absent"))
+
+
+def test_a_shard_that_links_to_nowhere(tmp_path):
+    directory = write_checkpoint(tmp_path / "model")
+    (shard,) = directory.glob("*.safetensors")
+    shard.unlink()
+    shard.symlink_to(tmp_path / "pruned")
+    with pytest.raises(InvalidCheckpointError, match="model.safetensors: missing shard"):
+        resolve_model("mine", path=str(directory))
 
 
 def _hub_fails_with(monkeypatch, error):
