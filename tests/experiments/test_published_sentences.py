@@ -1,4 +1,4 @@
-"""The sentences of README.md and docs/ that give measured figures, against the committed records.
+"""The sentences of README.md and docs/ that give measured times, against the committed records and the paper.
 
 {} stands for each figure. A sentence that was worded anew has to be worded anew here, too.
 """
@@ -6,15 +6,12 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterable
-from functools import cache
 
 import pytest
-from helpers.published import NUMBER, PROJECT, Sentence, figures, products, record
+from helpers.published import PROJECT, Sentence, products, record
 
-from odyssey.accuracy.items import read_items
-from odyssey.accuracy.statistics import PairedComparison, compare_accuracy
+from experiments import paper
 
 DECODE, PREFILL = "h100/gemm/2026-11-23-decode.json", "h100/gemm/2026-11-23-prefill.json"
 ALL_TOKENS, KINDS = "h100/gemm/2026-11-23-all-tokens.json", "h100/gemm/2026-11-23-kinds.json"
@@ -128,30 +125,6 @@ def over_ours(method: str, *names: str) -> list[float]:
     return [total(name, method) / total(name, "w4a8") for name in names]
 
 
-def quantizing() -> list[float]:
-    found = [
-        record(f"{cell}/record.json")
-        for cell in (
-            "cpu/testbed-28m/odyssey-de62cc706963",
-            "h100/testbed-28m/odyssey-f5594e5eb665",
-            "h100/testbed-28m/odyssey-32883522f346",
-        )
-    ]
-    seconds = [each["quantization"]["seconds"] for each in found]
-    memory = [
-        each["memory"]["peak_cuda_bytes" if number else "peak_rss_bytes"] / 1e9 for number, each in enumerate(found)
-    ]
-    perplexity = [each["accuracy"]["perplexity"]["file"]["value"] for each in found]
-    return [seconds[0], memory[0], seconds[1], memory[1], perplexity[1], seconds[2], memory[2], perplexity[2]]
-
-
-def sizes() -> list[float]:
-    ours, full = (record(f"cpu/testbed-28m/{name}/record.json")["size"] for name in (
-        "odyssey-de62cc706963", "fp16-1ef72c4106bb",
-    ))  # fmt: skip
-    return [ours["bits_per_weight"], ours["disk_bytes"] / 1e6, full["disk_bytes"] / 1e6]
-
-
 def floor() -> list[float]:
     """Milliseconds a token and TB/s, TOP/s, TFLOP/s and milliseconds of a prefill, milliseconds in all."""
     ceilings, found = record(SEVEN)["ceilings"], row(SEVEN, "w4a8")["floor"]
@@ -219,48 +192,19 @@ def runs_by_batch() -> list[float]:
     return [few, many, *counts, apart, runs(transformers=True)[1]]
 
 
-TASKS = {
-    "testbed-28m": ("h100/testbed-28m-tasks", "fp16-633fec0a2bfe", "rtn-bdf1033971d4", "odyssey-a6a04caced97"),
-    "stories260k": ("h100/stories260k-tasks", "fp16-4abe7b7fd39a", "rtn-1595166864b4", "odyssey-933703ccf43d"),
-}
+def reported(quantity: str, *keys: str) -> list[float]:
+    """The paper's figures whose key ends with each of `keys` in turn, in the order of its models."""
+    return [figure.value for key in keys for found, figure in paper.reported(quantity).items() if found[-1] == key]
 
 
-@cache
-def against_fp16(model: str) -> dict[tuple[str, str], PairedComparison]:
-    """RTN and OdysseyLLM against FP16, by method and task."""
-    folder, *cells = TASKS[model]
-    items = {}
-    for cell in cells:
-        tasks = record(f"{folder}/{cell}/record.json")["accuracy"]["tasks"]
-        for task, result in tasks.items():
-            found = read_items(PROJECT / "results" / folder / cell, result)
-            items[cell.partition("-")[0], task] = found, result["metric"]
-    return {
-        (method, task): compare_accuracy(items["fp16", task][0], found, metric)
-        for (method, task), (found, metric) in items.items()
-        if method != "fp16"
-    }
+def paper_ranges() -> list[float]:
+    found = [reported(paper.LATENCY, f"odyssey over trtllm-{method}") for method in ("fp16", "w8a8")]
+    return [limit for ratios in found for limit in (min(ratios), max(ratios))]
 
 
-def most_flips(model: str) -> list[float]:
-    """Percent of changed answers in the task with most, RTN's and OdysseyLLM's."""
-    found = against_fp16(model)
-    return [
-        100 * max(each.flips for (name, _), each in found.items() if name == method) for method in ("rtn", "odyssey")
-    ]
-
-
-def outside_noise(model: str) -> set[tuple[str, str]]:
-    return {cell for cell, each in against_fp16(model).items() if not each.within_noise}
-
-
-def items_of_testbed() -> list[float]:
-    return [sum(each.items for (method, _), each in against_fp16("testbed-28m").items() if method == "rtn")]
-
-
-def below_fp16() -> list[float]:
-    found = against_fp16("stories260k")
-    return [-100 * found["odyssey", task].difference for task in ("mmlu", "lambada_openai")]
+def paper_groups() -> list[float]:
+    grouped, ours = reported(paper.GEMM_KINDS, "grouped", "fastgemm")
+    return [grouped / ours]
 
 
 README, ENGINE, FASTGEMM = "README.md", "docs/engine.md", "docs/fastgemm.md"
@@ -346,12 +290,6 @@ SENTENCES = {
         "us,",
         company,
     ),
-    "quantizing": Sentence(
-        README,
-        "Quantizing takes {} s and {} GB of memory on one CPU thread, with the same settings {} s and {} GB of GPU "
-        "memory on an H100 (perplexity {}), and with 128 x 2048 calibration tokens {} s and {} GB there ({};",
-        quantizing,
-    ),
     "runs": Sentence(README, "Medians of {} to {} runs, which are at most {} % apart.", runs_of_the_engine),
     "runs, Transformers": Sentence(README, "(its runs are up to {} % apart)", lambda: [runs(transformers=True)[1]]),
     "runs, engine": Sentence(
@@ -360,21 +298,20 @@ SENTENCES = {
         "{} %.",
         runs_by_batch,
     ),
-    "items": Sentence(README, "MMLU; {},{} items,", lambda: divmod(items_of_testbed()[0], 1000)),
-    "flips": Sentence(
-        README,
-        "RTN changes up to {} % of the answers of a task and OdysseyLLM up to {} %.",
-        lambda: most_flips("testbed-28m"),
+    "paper": Sentence(
+        README, "The paper reports {}x to {}x over FP16 and {}x to {}x over W8A8 at batch 1,", paper_ranges
     ),
-    "flips, stories260k": Sentence(
-        README,
-        "RTN changes up to {} % of the answers of a task, OdysseyLLM up to {} %.",
-        lambda: most_flips("stories260k"),
+    "paper's groups": Sentence(README, "The paper's figure 7 has {}x for groups at one token:", paper_groups),
+    "paper, engine": Sentence(
+        ENGINE,
+        "the paper: {}x, {}x and {}x in its own engine on A100s.",
+        lambda: reported(paper.ENGINE_SPEEDUP, "llama2-7b", "llama2-13b", "llama2-70b"),
     ),
-    "below FP16": Sentence(
-        README, "OdysseyLLM's MMLU and LAMBADA are {} and {} points below FP16's, outside the noise,", below_fp16
+    "paper over W8A8, engine": Sentence(
+        ENGINE,
+        "the paper: {}x, {}x, {}x over TensorRT-LLM's.",
+        lambda: reported(paper.LATENCY, "odyssey over trtllm-w8a8"),
     ),
-    "sizes": Sentence(README, "{} bits per weight, {} MB in place of {} MB.", sizes),
 }
 
 
@@ -386,14 +323,8 @@ def test_every_figure_is_the_records(name):
 
 @pytest.mark.parametrize("name", SENTENCES)
 def test_every_changed_figure_is_found(name):
-    """Each figure, one after the other, in a copy: its last digit is another."""
     sentence = SENTENCES[name]
-    text = " ".join((PROJECT / sentence.file).read_text().split())
-    (found,) = re.finditer(figures(sentence.words), text)
-    for group in range(1, found.re.groups + 1):
-        assert NUMBER.fullmatch(found[group])
-        last = found.end(group) - 1
-        assert sentence.problems(f"{text[:last]}{(int(text[last]) + 1) % 10}{text[last + 1 :]}")
+    assert all(map(sentence.problems, sentence.misprints((PROJECT / sentence.file).read_text())))
 
 
 def test_of_70b_only_two_methods_took_turns():
@@ -408,8 +339,3 @@ def test_of_70b_only_two_methods_took_turns():
     assert all(turns for _, turns, _ in together["h100", False])
     assert {(method, count) for method, _, count in together["h100", True]} == {("w8a8", 1), ("w4a8", 1)}
     assert {(method, count) for method, _, count in together["h200", True]} == {("fp16", 1), ("w8a8", 2), ("w4a8", 2)}
-
-
-def test_which_accuracies_are_outside_the_noise():
-    assert outside_noise("testbed-28m") == set()
-    assert outside_noise("stories260k") == {("odyssey", "mmlu"), ("odyssey", "lambada_openai")}

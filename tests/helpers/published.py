@@ -101,3 +101,11 @@ class Sentence:
         printed = found[0] if isinstance(found[0], tuple) else found
         pairs = zip(printed, self.values(), strict=True)
         return [f"{self.words!r}: {text} is not {value}" for text, value in pairs if not prints(text, value)]
+
+    def misprints(self, text: str) -> Iterator[str]:
+        """Copies of the text with each figure in turn misprinted: its last digit is another."""
+        text = " ".join(text.split())
+        (found,) = re.finditer(figures(self.words), text)
+        for group in range(1, found.re.groups + 1):
+            last = found.end(group) - 1
+            yield f"{text[:last]}{(int(text[last]) + 1) % 10}{text[last + 1 :]}"
