@@ -116,6 +116,20 @@ class LlamaFamily:
             owner.register_parameter(leaf, nn.Parameter(tensor.to(device, torch.float32), requires_grad=False))
         return block.eval()
 
+    def check_head(self, reader: CheckpointReader) -> None:
+        """Raises InvalidCheckpointError unless the output layer is either there or tied by config.json to embeddings
+        that equal what is there of it (Transformers leaves others untied, with a warning)."""
+        head, tied = self.final_names[-1], self.config.tie_word_embeddings
+        if head not in reader and not tied:
+            raise InvalidCheckpointError(
+                f"{reader.directory}: tensor {head} is missing and config.json does not tie it"
+            )
+        if head in reader and tied and not torch.equal(reader.read(head), reader.read(self.embedding_name)):
+            raise InvalidCheckpointError(
+                f"{reader.directory}: tensor {head} differs from {self.embedding_name}, to which config.json ties it; "
+                "set tie_word_embeddings to false there"
+            )
+
     def embedder(self, reader: CheckpointReader, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
         """embed(tokens): int64 [..., seqlen] -> float32 [..., seqlen, hidden_size]. The table is read once and held."""
         table = reader.read(self.embedding_name)

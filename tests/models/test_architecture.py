@@ -1,15 +1,21 @@
 import json
+import shutil
 
 import pytest
 import torch
 from helpers.checkpoints import write_checkpoint
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
+from baselines.rtn import RtnMethod, RtnSettings
 from odyssey.errors import InvalidCheckpointError, UnsupportedError
+from odyssey.methods import settings_dict
 from odyssey.models.architecture import LlamaFamily
 from odyssey.models.load import load_model, load_tokenizer
 from odyssey.models.reader import CheckpointReader
 from odyssey.models.source import checkpoint_fingerprint, resolve_model
+from odyssey.quantization.checkpoint import REST_NAME, load_quantized
+from odyssey.quantization.pipeline import quantize_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -81,6 +87,41 @@ def test_load_model_equals_from_pretrained(tmp_path, tied):
     expected = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()(tokens).logits
     assert torch.equal(load_model(source)(tokens).logits, expected)
     assert load_tokenizer(source)("ab").input_ids == load_tokenizer(source)("ab").input_ids != []
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_output_layer_that_contradicts_the_config_is_refused_before_any_work(tmp_path, tied):
+    directory = write_checkpoint(tmp_path / "model", tied=tied, layers=1)
+    source, settings = resolve_model("local", path=str(directory)), RtnSettings()
+    tensors = load_file(directory / "model.safetensors")
+
+    def results():
+        yield lambda: load_model(source)
+        yield lambda: quantize_checkpoint(
+            source, RtnMethod(), settings_dict(settings), None, tmp_path / "out", device=CPU
+        )
+
+    if tied:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        for result in results():
+            result()
+        tensors["lm_head.weight"][3, 5] += 1
+        message = r"lm_head\.weight differs from model\.embed_tokens\.weight, to which config\.json ties it"
+        # A checkpoint quantized before this was refused says so when it is loaded.
+        rest = load_file(tmp_path / "out" / REST_NAME)
+        save_file({**rest, "lm_head.weight": tensors["lm_head.weight"]}, tmp_path / "out" / REST_NAME)
+        with pytest.raises(InvalidCheckpointError, match=message):
+            load_quantized(tmp_path / "out")
+        shutil.rmtree(tmp_path / "out")
+    else:
+        del tensors["lm_head.weight"]
+        message = r"lm_head\.weight is missing and config\.json does not tie it"
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    for result in results():
+        with pytest.raises(InvalidCheckpointError, match=message):
+            result()
+    assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
 def _edit_config(directory, **changes):
