@@ -124,6 +124,7 @@ def quantize_per_token(x):
 
 
 def _quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    x = x.contiguous()  # element-wise results keep the strides of what they are made of
     absmax = x.abs().amax(dim=1)
     scale = torch.where(absmax == 0, torch.ones_like(absmax), absmax / 127)
     q = (x / scale[:, None]).round_().clamp_(-128, 127)

@@ -166,9 +166,12 @@ def test_opcheck(name):
     torch.library.opcheck(operator.default, arguments)
 
 
+@pytest.mark.parametrize("arranged", [lambda t: t, lambda t: t.t().contiguous().t()])
 @pytest.mark.parametrize("name", list(operator_cases()))
-def test_fake_implementation_agrees_with_the_real_one(name):
+def test_fake_implementation_agrees_with_the_real_one(name, arranged):
     operator, arguments = operator_cases()[name]
+    activations = 2 if name == "add_rms_norm" else 1
+    arguments = (*map(arranged, arguments[:activations]), *arguments[activations:])
     real = operator(*arguments)
     with FakeTensorMode() as mode:
         fake = operator(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
@@ -189,6 +192,10 @@ def bad_attention_arguments():
     yield {**good, "k_cache": p.k_cache.half()}, TypeError, "k_cache must be float32"
     yield {**good, "k_cache": p.k_cache[:, :, :8]}, ValueError, "k_cache must be contiguous"
     yield {**good, "v_cache": p.v_cache[:1]}, ValueError, "v_cache must have the shape"
+    yield {**good, "v_cache": p.v_cache[:, :, :8]}, ValueError, "v_cache must be contiguous"
+    yield {**good, "lengths": p.lengths[:1], "qkv": p.qkv[:1]}, ValueError, "k_cache must have a row for each of the 1"
+    yield {**good, "num_heads": 0}, ValueError, "num_heads must be a positive multiple"
+    yield {**good, "softmax_scale": float("inf")}, ValueError, "softmax_scale must be finite"
     yield {**good, "k_cache": p.k_cache[0]}, ValueError, "k_cache must have 4 dim"
     yield {**good, "lengths": p.lengths.long()}, TypeError, "lengths must be int32"
     yield {**good, "lengths": p.lengths[:1]}, ValueError, r"lengths must have shape \[2\]"
