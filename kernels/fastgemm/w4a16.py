@@ -23,6 +23,7 @@ BACKENDS = ("humming", "torch", "dequantize")
 DEFAULT_ZERO = 8
 _TORCH_GROUP_SIZES = (256, 128, 64, 32)
 _NIBBLES = 8  # int4 values in an int32 word
+_BLOCK_VALUES = 2**24  # of a weight that are dequantized at a time
 
 
 class UnsupportedError(ValueError):
@@ -176,7 +177,7 @@ def _check_groups(name: str, t: torch.Tensor, n: int, groups: int) -> None:
 def _pack_dequantized(values, scales, zeros, group_size, dtype):
     # Row blocks: the fp32 form of a whole weight would be eight times its packed size.
     weight = torch.empty(values.shape, dtype=dtype, device=values.device)
-    step = max(1, 2**24 // values.shape[1])
+    step = max(1, _BLOCK_VALUES // values.shape[1])
     for begin in range(0, values.shape[0], step):
         rows = slice(begin, begin + step)
         zero = None if zeros is None else zeros[rows]

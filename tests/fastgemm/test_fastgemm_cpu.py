@@ -294,6 +294,21 @@ def test_elementwise_refuses_bad_arguments(call, error, message):
         call()
 
 
+@pytest.mark.parametrize("name", model_names())
+def test_shapes_are_those_of_the_models_configuration(name):
+    from odyssey.engine.shapes import known_config
+
+    config = known_config(name)
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    hidden, intermediate, head_dim = config.hidden_size, config.intermediate_size, config.hidden_size // heads
+    assert {shape.layer: (shape.n, shape.k) for shape in model_shapes(name)} == {
+        "qkv": ((heads + 2 * kv_heads) * head_dim, hidden),
+        "o": (hidden, heads * head_dim),
+        "gate_up": (2 * intermediate, hidden),
+        "down": (hidden, intermediate),
+    }
+
+
 def test_shapes_of_every_model_are_valid():
     for name in model_names():
         assert len(parse_shapes(name)) == len({(s.n, s.k) for s in model_shapes(name)})

@@ -49,6 +49,13 @@ def test_cpu_product_matches_float64(n, k, group_size, with_zeros, dtype):
     assert p.error(y) < TOLERANCE[dtype]
 
 
+def test_a_weight_dequantized_in_blocks_is_the_same(monkeypatch):
+    p = Problem(20, 96, 32, torch.float32)
+    monkeypatch.setattr(w4a16, "_BLOCK_VALUES", 3 * 96)
+    whole = w4a16.dequantize(p.values, p.scales, p.zeros, 32)
+    assert torch.equal(p.pack(32).tensors["weight"], whole)
+
+
 def test_a_group_of_more_than_all_columns_is_one_scale_per_channel():
     p = Problem(16, 64, -1, torch.float32)
     packed = p.pack(128)
