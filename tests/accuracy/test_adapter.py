@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers.checkpoints import write_checkpoint
+from helpers.checkpoints import byte_tokenizer, write_checkpoint
 from helpers.tasks import requests_of
 
 from odyssey.accuracy import adapter
@@ -214,6 +214,21 @@ def test_odd_requests(small):
     expected = plain(model, tokenizer).loglikelihood(requests, disable_tqdm=True)
     assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], rel=1e-5)
     assert lm.truncated == 2
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_strings_that_begin_with_the_prefix_token_and_blank_contexts(small, bos):
+    """The prefix token is config.json's BOS here, whose text is a quotation mark. lm-eval adds no BOS to a string that
+    begins with one; a context of blanks has no token but a BOS."""
+    model, _ = small
+    tokenizer = byte_tokenizer(bos)
+    pairs = [("", '"alpha'), ('"gamma', " delta"), ('"gamma ', '"delta'), ("epsilon", '"zeta')]
+    requests = _instances("loglikelihood", *pairs, *([("  ", "eta")] if bos else []))
+    lm = HarnessModel(model, tokenizer, 2)
+    assert tokenizer.decode(lm.prefix_token_id) == '"'
+    found = lm.loglikelihood(requests)
+    expected = plain(model, tokenizer).loglikelihood(requests, disable_tqdm=True)
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], rel=1e-5)
 
 
 def test_rolling_likelihoods(small):

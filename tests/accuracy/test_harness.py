@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -180,6 +181,38 @@ def test_few_shot_examples_never_come_from_the_evaluated_items(small_model, smal
     source = task_source("piqa", str(small_root), tmp_path / "cache")
     with pytest.raises(UnsupportedError, match="piqa: accuracy.num_fewshot=3 needs examples from another split"):
         evaluate_task(HarnessModel(*small_model, 2), source, num_fewshot=3, limit=2)
+
+
+def test_a_task_that_fixes_zero_shot_keeps_it(small_model, small_root, tmp_path, monkeypatch):
+    from odyssey.accuracy import harness
+    from odyssey.accuracy.adapter import HarnessModel
+
+    source = task_source("piqa", str(small_root), tmp_path / "cache")
+    expected, _ = harness.evaluate_task(HarnessModel(*small_model, 2), source, num_fewshot=None, limit=2)
+    load = harness._load
+
+    def zero_shot(source):
+        loaded = load(source)
+        loaded["tasks"]["piqa"].set_config(key="num_fewshot", value=0)
+        return loaded
+
+    monkeypatch.setattr(harness, "_load", zero_shot)
+    asked = replace(source, has_fewshot=True)
+    found, _ = harness.evaluate_task(HarnessModel(*small_model, 2), asked, num_fewshot=2, limit=2)
+    assert (found["num_fewshot"], found["prompts_sha256"]) == (0, expected["prompts_sha256"])
+
+
+def test_the_hash_of_the_prompts_is_that_of_their_text(small_model, small_root, tmp_path):
+    from odyssey.accuracy.adapter import HarnessModel
+    from odyssey.accuracy.harness import evaluate_task
+
+    file, hashes = small_root / "piqa/valid.jsonl", []
+    for old, new in (("", ""), ("Say 1.", "Say 1!"), ("Say 1!", "Say 1.")):
+        file.write_text(file.read_text().replace(old, new, 1))
+        source = task_source("piqa", str(small_root), tmp_path / "cache")
+        result, _ = evaluate_task(HarnessModel(*small_model, 2), source, num_fewshot=None, limit=2)
+        hashes.append(result["prompts_sha256"])
+    assert hashes[0] == hashes[2] != hashes[1]
 
 
 def test_the_callers_tokenizer_is_left_alone(small_model):

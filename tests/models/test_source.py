@@ -2,7 +2,7 @@ import pytest
 from helpers.checkpoints import write_checkpoint
 
 from odyssey.errors import GatedModelError, InvalidCheckpointError, MissingModelError
-from odyssey.models.source import resolve_model
+from odyssey.models.source import checkpoint_fingerprint, resolve_model
 
 
 def test_a_local_directory(tmp_path):
@@ -10,6 +10,21 @@ def test_a_local_directory(tmp_path):
     source = resolve_model("mine", path=str(directory))
     assert (source.name, source.path, source.origin) == ("mine", directory.resolve(), "local")
     assert len(source.fingerprint) == 16
+
+
+def test_a_fingerprint_sees_the_beginning_the_end_and_the_size_of_a_large_shard(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    content, found = bytearray(5 << 20), set()
+    for position in (None, 0, (1 << 20) - 1, (4 << 20) + 1, (5 << 20) - 1):
+        changed = content.copy()
+        if position is not None:
+            changed[position] = 1
+        (tmp_path / "model.safetensors").write_bytes(changed)
+        found.add(checkpoint_fingerprint(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(content + bytes(1 << 20))
+    found.add(checkpoint_fingerprint(tmp_path))
+    (tmp_path / "config.json").write_text('{"a": 1}')
+    assert len(found | {checkpoint_fingerprint(tmp_path)}) == 7
 
 
 def test_a_directory_that_is_not_there(tmp_path):
