@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -132,6 +133,18 @@ def evaluate(tmp_path, small_root):
         return results, error
 
     return call
+
+
+def test_a_saved_result_is_of_all_that_it_depends_on(small_root, tmp_path):
+    group = AccuracyConfig(tasks=["piqa", "lambada_openai"], limit=4, num_fewshot=0, batch_size=2, batch_tokens=512)
+    sources = [task_source(name, str(small_root), tmp_path) for name in group.tasks]
+    (small_root / "piqa/valid-labels.lst").write_text("1\n" * 1838)
+    sources.append(task_source("piqa", str(small_root), tmp_path))
+    changes = [{}, {"limit": 5}, {"num_fewshot": 1}, {"batch_size": 3}, {"batch_tokens": 513}]
+    groups = [dataclasses.replace(group, **change) for change in changes]
+    identities = [tasks._task_identity(sources[0], each) for each in groups]
+    identities += [tasks._task_identity(each, group) for each in sources[1:]]
+    assert all(identities.count(each) == 1 for each in identities)
 
 
 def test_a_missing_task_costs_no_other_task(evaluate, no_hub, small_root, tmp_path):
