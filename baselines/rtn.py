@@ -24,6 +24,10 @@ class RtnSettings:
     symmetric: bool = True
     activation_bits: int = 8
 
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"bits must be 2..8, not {self.bits}; method=fp16 leaves the weights as they are")
+
 
 class RtnMethod:
     """Round to nearest as a `Method`."""

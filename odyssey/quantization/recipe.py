@@ -56,6 +56,8 @@ class OdysseySettings:
     gptq: CompensationSettings = field(default_factory=CompensationSettings)
 
     def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"bits must be 2..8, not {self.bits}; method=fp16 leaves the weights as they are")
         for name, choices in (
             ("clipping", ("none", "search", "learned")),
             ("compensation", ("none", "gptq")),

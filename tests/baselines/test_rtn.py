@@ -57,6 +57,13 @@ def test_only_the_named_layers_are_quantized():
     assert list(result.weights) == ["mlp"]
 
 
+@pytest.mark.parametrize("bits", [1, 9, 16])
+def test_bits_that_are_no_integers_are_refused(bits):
+    """16 would be a full-precision model under the name of this method, with a label that says A8."""
+    with pytest.raises(ValueError, match=rf"bits must be 2\.\.8, not {bits}"):
+        RtnSettings(bits)
+
+
 def test_bad_weights_are_reported_with_the_layers_name():
     block = make_block()
     block["attention"]["q"].weight.data[0, 0] = float("inf")

@@ -341,6 +341,9 @@ def test_calibration_is_optional_only_without_clipping_and_compensation(model):
 def test_bad_settings_are_refused(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         OdysseySettings(**changes)
+    for bits in (1, 9, 16):
+        with pytest.raises(ValueError, match=rf"bits must be 2\.\.8, not {bits}"):
+            OdysseySettings(bits)
     with pytest.raises(ValueError, match="damping"):
         OdysseySettings(gptq=CompensationSettings(damping=-1))
 
