@@ -153,23 +153,27 @@ def test_scale_search_of_single_layers(kv_heads):
         assert errors[round(20 * found["ratio"])] <= min(errors) * 1.001
 
 
-def test_scale_search_of_the_mlp():
+@pytest.mark.parametrize(("search_tokens", "compared"), [(65536, range(6)), (40, (0, 3))], ids=["all", "few"])
+def test_scale_search_of_the_mlp(search_tokens, compared):
+    """40 tokens are two of the six samples of 32, evenly spaced; the scales come from all."""
     model = make_model(outlier_factor=20.0)
     original = copy.deepcopy(model.model.layers[0])
     x = to_numpy(layer_inputs(original, calibrate(model), ["mlp.gate_proj"])["mlp.gate_proj"])
     gate, up, down = (to_numpy(original.get_submodule(f"mlp.{name}_proj").weight) for name in ("gate", "up", "down"))
 
     def mlp(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
-        activation = x @ gate.T
-        return (activation / (1 + np.exp(-activation)) * (x @ up.T)) @ down.T
+        activation = rows @ gate.T
+        return (activation / (1 + np.exp(-activation)) * (rows @ up.T)) @ down.T
 
+    rows = np.concatenate([x[32 * sample : 32 * sample + 32] for sample in compared])
     target = mlp(gate, up)
     errors = []
     for ratio in RATIOS:
         scales = reference_scales(x, ratio)
         output = mlp(*(reference_quantize(weight * scales, GROUP) / scales for weight in (gate, up)))
         errors.append(((output - target) ** 2).sum() / (target**2).sum())
-    found = quantize(model).metrics["scaling"]["post_attention_layernorm"]
+    settings = AwqSettings(group_size=GROUP, search_tokens=search_tokens)
+    found = quantize(model, settings).metrics["scaling"]["post_attention_layernorm"]
     assert found["relative_error"] == pytest.approx(min(errors), rel=1e-3)
     assert found["relative_error_unscaled"] == pytest.approx(errors[0], rel=1e-3)
     assert errors[round(20 * found["ratio"])] <= min(errors) * 1.001

@@ -130,6 +130,33 @@ def test_a_second_import_finds_the_first_and_a_stopped_one_goes_on(tmp_path):
     assert (tmp_path / "ours" / "block-00000.safetensors").stat().st_mtime_ns == before
 
 
+def test_one_zero_point_off_the_middle_makes_the_checkpoint_asymmetric(tmp_path):
+    directory, expected = make(tmp_path / "existing", PackedLayout())
+    name = "model.layers.1.self_attn.k_proj"
+    # Version 1 stores zero points less 1: 8 as 7. Output features 8 to 15 of the second group get 7.
+    edited(directory, lambda state: state[f"{name}.qzeros"][1, 1].fill_(0x66666666))
+    import_checkpoint(checkpoint_source("m", str(directory)), "gptq", {}, tmp_path / "ours")
+    model = odyssey.load_quantized(tmp_path / "ours")
+    layer = model.get_submodule(name)
+    expected[f"{name}.weight"][8:16, 32:64] += layer.scales[8:16, 1:2].double().numpy()
+    for key, weight in expected.items():
+        found = model.get_submodule(key.removesuffix(".weight"))
+        assert not found.scheme.symmetric
+        np.testing.assert_array_equal(found.dequantized().double().numpy(), weight)
+
+
+def test_another_checkpoint_is_not_taken_for_imported(tmp_path):
+    for seed in (0, 1):
+        directory = write_checkpoint(tmp_path / f"existing-{seed}", layers=2, hidden=128, intermediate=192, kv_heads=2)
+        expected = quantize_checkpoint_randomly(directory, PackedLayout(), seed)
+        report = import_checkpoint(checkpoint_source("m", str(directory)), "gptq", {}, tmp_path / "ours")
+        assert report.resumed_blocks == 0
+        model = odyssey.load_quantized(tmp_path / "ours")
+        for key, weight in expected.items():
+            found = model.get_submodule(key.removesuffix(".weight")).dequantized().double().numpy()
+            np.testing.assert_array_equal(found, weight)
+
+
 def test_zero_biases_of_layers_without_bias_are_dropped_and_others_refused(tmp_path):
     directory, _ = make(tmp_path / "existing", PackedLayout())
     file, name = directory / "model.safetensors", "model.layers.1.mlp.up_proj.bias"

@@ -163,6 +163,13 @@ def test_loaded_model_computes_with_the_stored_integers(finished, source):
     assert 0 < from_source < 1
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_what_is_not_quantized_is_loaded_in_float32_on_a_cpu_or_as_asked(finished, dtype):
+    model = odyssey.load_quantized(finished[0], dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype or torch.float32}
+    assert model(torch.zeros(1, 3, dtype=torch.long)).logits.dtype == (dtype or torch.float32)
+
+
 def test_rtn_checkpoint_holds_the_rounded_weights(source, tmp_path):
     settings = RtnSettings(bits=4)
     quantize_checkpoint(source, RtnMethod(settings), settings_dict(settings), None, tmp_path, device=CPU)
