@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MistralConfig, Qwen2Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from odyssey.engine.formats import FORMATS, format_of
@@ -74,6 +74,25 @@ def test_the_rope_table_is_transformers(rope):
     assert table.shape == (200, 64)
     assert torch.equal(table[:, :32], cos[0, :, :32])
     assert torch.equal(table[:, 32:], sin[0, :, 32:])
+
+
+@pytest.mark.parametrize(
+    ("config", "windows"),
+    [
+        (LlamaConfig(num_hidden_layers=3), (None, None, None)),
+        (MistralConfig(num_hidden_layers=3, sliding_window=8), (8, 8, 8)),
+        (MistralConfig(num_hidden_layers=3, sliding_window=None), (None, None, None)),
+        # Qwen2's first layers attend to everything.
+        (
+            Qwen2Config(num_hidden_layers=3, use_sliding_window=True, sliding_window=8, max_window_layers=1),
+            (None, 8, 8),
+        ),
+        (Qwen2Config(num_hidden_layers=3, use_sliding_window=False, sliding_window=8), (None, None, None)),
+    ],
+    ids=["llama", "mistral", "mistral-none", "qwen2", "qwen2-off"],
+)
+def test_windows_of_each_layer(config, windows):
+    assert DecoderShapes.from_config(config).windows == windows
 
 
 def test_what_the_engine_cannot_run_is_refused():

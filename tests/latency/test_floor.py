@@ -40,6 +40,28 @@ def test_prefill_of_llama2_7b_is_bound_by_its_operations():
     assert floor.prefill_ms == pytest.approx(1e3 * (products / 1e15 + (attention + head) / 5e14))
 
 
+@pytest.mark.parametrize(("name", "peak"), [("w4a8", 1e15), ("fp16", 5e14)])
+def test_decoding_of_many_sequences_of_grouped_heads_may_be_bound_by_operations(name, peak):
+    shapes = DecoderShapes.from_config(known_config("llama3-8b"))
+    ceilings = Ceilings(read_bytes_per_s=1e18, int8_ops_per_s=1e15, int8_by="x", float_ops_per_s=5e14)
+    floor = floor_of(shapes, FORMATS[name], ceilings, batch_size=16, input_len=100, output_len=3)
+    products = 32 * 2 * 16 * (6144 * 4096 + 4096 * 4096 + 28672 * 4096 + 4096 * 14336)
+    # The steps' own tokens are the 101st and the 102nd position.
+    attention = sum(32 * 4 * 16 * 4096 * context for context in (101, 102))
+    head = 2 * 16 * 128256 * 4096
+    assert floor.decode_ms == pytest.approx(1e3 * (2 * products / peak + (attention + 2 * head) / 5e14))
+
+
+def test_a_cache_of_grouped_heads_is_read_for_every_sequence():
+    shapes = DecoderShapes.from_config(known_config("llama3-8b"))
+    one, four = (
+        floor_of(shapes, FORMATS["w4a8"], CEILINGS, batch_size=batch, input_len=1000, output_len=2).decode_ms
+        for batch in (1, 4)
+    )
+    # Keys and values of 8 heads of 128 in 32 layers, two bytes each.
+    assert four - one == pytest.approx(1e3 * 3 * 1001 * 2 * 32 * 8 * 128 * 2 / 2e12)
+
+
 def test_formats_rank_as_their_bytes_do():
     floors = {
         name: floor_of(SEVEN, form, CEILINGS, batch_size=1, input_len=1024, output_len=128).decode_ms
@@ -70,6 +92,25 @@ def test_memory_of_a_large_batch_is_mostly_cache():
     assert need.weights == pytest.approx(3.77e9, rel=0.01)
     assert 40e9 < need.total < 46e9
     assert need.to_dict()["total"] == need.total
+
+
+def test_activations_are_those_of_the_widest_point_of_the_largest_chunk():
+    # Gate and up, their product and its int8 form, beside two hidden states; logits also in float32.
+    gated = int(8192 * (2 * 4096 + 3.5 * 11008) * 2) + 16 * 32000 * 6
+    assert predict(SEVEN, FORMATS["fp16"], batch_size=16, max_len=1152).activations == gated
+    few = predict(SEVEN, FORMATS["fp16"], batch_size=16, max_len=1152, prefill_tokens=100).activations
+    assert few == int(100 * (2 * 4096 + 3.5 * 11008) * 2) + 16 * 32000 * 6
+    config = known_config("llama2-7b")
+    config.intermediate_size = 512
+    attended = predict(DecoderShapes.from_config(config), FORMATS["fp16"], batch_size=1, max_len=10).activations
+    assert attended == 10 * (3 * 4096 + 2 * 3 * 4096) * 2 + 32000 * 6
+
+
+def test_a_tied_head_is_in_memory_once():
+    config = known_config("llama2-7b")
+    untied = weight_bytes(DecoderShapes.from_config(config), FORMATS["w4a8"])
+    config.tie_word_embeddings = True
+    assert untied - weight_bytes(DecoderShapes.from_config(config), FORMATS["w4a8"]) == 32000 * 4096 * 2
 
 
 def test_too_large_is_refused_with_both_figures(monkeypatch):
