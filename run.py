@@ -6,6 +6,7 @@ python run.py -m experiment=quickstart
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ from experiments.launchers.settings import LocalSettings, parse_settings  # noqa
 from experiments.sweep import run_job, sweep_exit_code  # noqa: E402
 from odyssey.config import register_schemas  # noqa: E402
 from odyssey.errors import ConfigError  # noqa: E402
+from odyssey.outcomes import of_exception  # noqa: E402
 from odyssey.overrides import CommandLine, check_command_line, check_output_dirs  # noqa: E402
 from odyssey.record import OK  # noqa: E402
 
@@ -39,7 +41,10 @@ def run(config: DictConfig) -> None:
     if hydra_config.mode == RunMode.MULTIRUN:
         run_job(config, Path(hydra_config.sweep.dir), hydra_config.job.num)
         return
-    record = run_job(config).record
+    try:
+        record = run_job(config).record
+    except OSError as error:
+        sys.exit(_not_run(error))
     if record is not None and record["outcome"] != OK:
         sys.exit(CELL_FAILED)
 
@@ -48,6 +53,8 @@ def main() -> int:
     register_schemas()
     # A plain kill ends like Ctrl-C: the running cells are stopped, not left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # What is raised comes here; Hydra would print a traceback and exit.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
         command_line = check_command_line(sys.argv[1:], CONFIG_DIR)
         settings = parse_settings(command_line.launcher)
@@ -61,10 +68,18 @@ def main() -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return INVALID_CONFIG
+    except OSError as error:
+        return _not_run(error)
     except KeyboardInterrupt:
         print("stopped: finished records are kept; run the same command again to go on", file=sys.stderr)
         return INTERRUPTED
     return sweep_exit_code()
+
+
+def _not_run(error: OSError) -> int:
+    """A full disk, a directory that belongs to somebody else, outside a cell, whose own errors are in its record."""
+    print(f"error: {of_exception(error)[1]}", file=sys.stderr)
+    return CELL_FAILED
 
 
 def _preflight(command_line: CommandLine, settings: object) -> bool:

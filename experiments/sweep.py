@@ -18,6 +18,8 @@ from odyssey.runner import LOG_NAME, CellResult, run_cell
 
 _SHOWN_LOG_LINES = 3
 _exit_code = 0
+# Errors of this process's cells that the sweep's directory could not take.
+_unwritten: list[str] = []
 _track_one_at_a_time = threading.Lock()
 
 
@@ -67,8 +69,11 @@ def note_cell(sweep_dir: Path, job_number: int, record_path: Path, reused: bool)
 
 
 def note_error(sweep_dir: Path, job_number: int, reason: str) -> None:
-    """Leave word of a cell that could not even leave a record."""
-    write_json(note_path(sweep_dir, job_number), {"error": reason})
+    """Leave word of a cell that could not even leave a record, in this process where the disk is full."""
+    try:
+        write_json(note_path(sweep_dir, job_number), {"error": reason})
+    except OSError:
+        _unwritten.append(reason)
 
 
 def note_path(sweep_dir: Path, job_number: int) -> Path:
@@ -85,7 +90,7 @@ def sweep_cells(sweep_dir: Path) -> list[tuple[dict, Path]]:
 
 def sweep_errors(sweep_dir: Path) -> list[str]:
     """Why cells of a sweep have no record, where that is known."""
-    return [note["error"] for note in _notes(sweep_dir) if "error" in note]
+    return [note["error"] for note in _notes(sweep_dir) if "error" in note] + _unwritten
 
 
 def _notes(sweep_dir: Path) -> list[dict]:
@@ -101,7 +106,7 @@ class SweepSummary(Callback):
     """Hydra callback: prints and writes the overview when all jobs of a multirun have ended."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs) -> None:
-        from experiments.overview import overview, overview_markdown, plot_overview, print_overview
+        from experiments.overview import overview, print_overview
 
         global _exit_code
         sweep_dir = Path(config.hydra.sweep.dir)
@@ -112,22 +117,32 @@ class SweepSummary(Callback):
             print("retry=failed: no cell of this sweep has a record; nothing was run")
             _exit_code = 0
             return
+        failed = [(record, directory) for record, directory in cells if record["outcome"] != OK]
+        # Before anything is drawn: Hydra turns what a callback raises into a warning.
+        _exit_code = 1 if failed or errors or not cells else 0
         if not cells:
-            _exit_code = 1
             return
         frame = overview([record for record, _ in cells])
         print()
         print_overview(frame)
-        table = sweep_dir / "overview.md"
-        table.write_text(overview_markdown(frame))
-        frame.drop(columns="_method").to_csv(sweep_dir / "overview.csv", index=False)
-        print(f"table: {table}  (overview.csv beside it)")
-        if plot_overview(frame, sweep_dir / "overview.png"):
-            print(f"plot:  {sweep_dir / 'overview.png'}  (overview.svg beside it)")
+        try:
+            _write_overview(frame, sweep_dir)
+        except OSError as error:
+            _exit_code = 1
+            print(f"error: the overview was not written ({error}); the records are unharmed", file=sys.stderr)
         _track_sweep(config, cells, sweep_dir)
-        failed = [(record, directory) for record, directory in cells if record["outcome"] != OK]
         _print_failures(failed, len(cells))
-        _exit_code = 1 if failed or errors else 0
+
+
+def _write_overview(frame, sweep_dir: Path) -> None:
+    from experiments.overview import overview_markdown, plot_overview
+
+    table = sweep_dir / "overview.md"
+    table.write_text(overview_markdown(frame))
+    frame.drop(columns="_method").to_csv(sweep_dir / "overview.csv", index=False)
+    print(f"table: {table}  (overview.csv beside it)")
+    if plot_overview(frame, sweep_dir / "overview.png"):
+        print(f"plot:  {sweep_dir / 'overview.png'}  (overview.svg beside it)")
 
 
 def _print_failures(failed: list[tuple[dict, Path]], cells: int) -> None:

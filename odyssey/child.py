@@ -14,6 +14,8 @@ from odyssey.outcomes import INTERRUPTED, TIMEOUT
 
 # Lines of a cell's log that a user sees while it runs.
 _SHOWN = (b"quantizing", b"perplexity", b"latency", b"lm-eval", b"task ")
+# The process that started a cell, which reads it here.
+_PARENT = "ODYSSEY_PARENT_PID"
 _running: set[ChildProcess] = set()
 _lock = threading.Lock()
 _stopping = threading.Event()
@@ -41,7 +43,7 @@ class ChildProcess:
             with self._log.open("wb") as log:
                 # A process group of its own: Ctrl-C and a batch system's signals reach the parent, which decides.
                 self._process = subprocess.Popen(
-                    self._command, env=self._environment, stdin=subprocess.DEVNULL,
+                    self._command, env={**self._environment, _PARENT: str(os.getpid())}, stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0,
                 )  # fmt: skip
                 if timer is not None:
@@ -94,3 +96,6 @@ def die_with_parent() -> None:
     parent_death_signal = 1
     with contextlib.suppress(OSError):
         ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL, 0, 0, 0)
+    # The signal is of deaths from now on; a parent that was killed before is no longer the parent.
+    if os.environ.get(_PARENT, str(os.getppid())) != str(os.getppid()):
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -251,6 +251,8 @@ def _check_values(root: RootConfig) -> None:
             raise ConfigError(f"{key}={value}: must be finite")
         if key.rpartition(".")[2] == "seed" and not 0 <= value <= _LARGEST_SEED:
             raise ConfigError(f"{key}={value}: must be 0 to {_LARGEST_SEED}")
+    if root.output_dir.startswith("~"):
+        raise ConfigError(f"output_dir={root.output_dir}: ~ stands for nothing here; write the whole path")
     if "/" in root.model.name or root.model.name in (".", ".."):
         raise ConfigError(f"model.name={root.model.name}: names a directory under output_dir, and cannot be a path")
 

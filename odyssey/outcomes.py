@@ -17,6 +17,7 @@ RESUME = "what it finished is kept, run again to go on"
 _HOST_OOM = ("DefaultCPUAllocator", "Cannot allocate memory", "can't allocate memory")
 _GPU_OOM = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _NO_KERNEL = "no kernel image is available"
+_DISK_FULL = ("No space left on device", "Disk quota exceeded")
 _GPU_ERRORS = ("CUDA error:", "CUBLAS_STATUS_", "CUDNN_STATUS_", "CUSOLVER_STATUS_")
 
 
@@ -37,7 +38,9 @@ def of_exception(error: BaseException) -> tuple[str, str]:
         return UNSUPPORTED, f"this GPU is not one that the installed torch was built for: {line}"
     if isinstance(error, RuntimeError) and any(mark in str(error) for mark in _GPU_ERRORS):
         return CRASH, f"the GPU stopped with {line}"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # Safetensors has an error of its own, with the system's words in it.
+    if full or any(mark in line for mark in _DISK_FULL):
         return FAILED, f"no disk space is left ({line}); free some, or choose another output_dir; {RESUME}"
     return FAILED, f"{type(error).__name__}: {line}"
 

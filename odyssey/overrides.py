@@ -53,7 +53,7 @@ def check_command_line(arguments: list[str], config_dir: Path) -> CommandLine:
 def check_output_dirs(cells: list[RootConfig]) -> None:
     """Make the directories that cells write to. Raises ConfigError for one that cannot be made or written."""
     for name in dict.fromkeys(cell.output_dir for cell in cells):
-        directory = Path(name).expanduser()
+        directory = Path(name)
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:

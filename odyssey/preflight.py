@@ -86,7 +86,7 @@ def uses_gpu(root: RootConfig) -> bool:
 
 
 def _disk_check(root: RootConfig, prediction: Prediction) -> Check:
-    directory = Path(root.output_dir).expanduser().absolute()
+    directory = Path(root.output_dir).absolute()
     while not directory.exists():
         directory = directory.parent
     if not directory.is_dir() or not os.access(directory, os.W_OK):

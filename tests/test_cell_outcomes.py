@@ -8,6 +8,7 @@ import torch
 from helpers.cells import cell_config
 from helpers.checkpoints import write_checkpoint
 from helpers.sweeps import run
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from odyssey.cell import Cell
@@ -134,6 +135,8 @@ def test_a_killed_cell_is_recorded_and_resumes(tmp_path):
         (RuntimeError("CUDA error: unspecified launch failure"), "crash", "launch failure"),
         (RuntimeError("CUDA error: no kernel image is available for execution on the device"), "unsupported", "torch"),
         (OSError(28, "No space left on device"), "failed", "disk space.*output_dir"),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "failed",
+         "disk space.*output_dir"),
         (KeyError("x"), "failed", "KeyError"),
     ],
 )  # fmt: skip

@@ -57,6 +57,7 @@ def _check(project_root, *arguments):
         (["+foo=1"], "foo: unknown key"),
         (["+method.foo=1"], "method.foo: unknown key"),
         (["method=rtn", "method.name=odyssey"], "method.name=odyssey: these are another .* use method=odyssey"),
+        (['output_dir="~/x"'], "output_dir=~/x: ~ stands for nothing here"),
         (["output_dir="], "output_dir=: must not be empty"),
         (["model.path="], "model.path=: must not be empty"),
         (["method=gptq", "method.checkpoint="], "method.checkpoint=: must not be empty"),
@@ -105,6 +106,16 @@ def test_an_output_dir_that_is_a_file_is_one_line(project_root, tmp_path, mode):
     done = _run(project_root, *mode, "device=cpu", f"output_dir={tmp_path / 'file' / 'out'}")
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: output_dir={tmp_path / 'file' / 'out'}: cannot be made")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("mode", [[], ["-m"]])
+def test_a_directory_below_that_cannot_be_written_is_one_line(project_root, tmp_path, mode):
+    (tmp_path / ("sweeps" if mode else "tiny")).touch()
+    done = _run(project_root, *mode, "method=fp16", "accuracy=none", "device=cpu", f"output_dir={tmp_path}")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert str(tmp_path) in done.stderr
     assert done.stderr.count("\n") == 1
 
 

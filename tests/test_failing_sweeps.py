@@ -3,12 +3,14 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import psutil
 import pytest
 from helpers.checkpoints import write_checkpoint
-from helpers.sweeps import assert_same_results, outcomes, records, run, start
+from helpers.sweeps import assert_same_results, outcomes, records, run, start, sweep_environment
 
 # Each of these starts several processes that import torch.
 pytestmark = pytest.mark.timeout(900)
@@ -117,6 +119,19 @@ def test_two_sweeps_of_one_cell_run_it_once(workspace):
     assert [sweep.returncode for sweep in sweeps] == [0, 0], said
     assert said.count("running, log in") == 1
     assert said.count("record found, nothing to do") == 1
+    # Each has its own directory, also where both start in one second.
+    assert len(list((workspace / "out" / "sweeps").iterdir())) == 2
+
+
+@pytest.mark.parametrize("is_parent", [True, False])
+def test_a_cell_whose_parent_died_before_it_could_ask_ends(is_parent):
+    script = "from odyssey.child import die_with_parent; die_with_parent(); print('goes on')"
+    parent = os.getpid() if is_parent else 2**22 + 1
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False,
+        env=sweep_environment(ODYSSEY_PARENT_PID=str(parent)),
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == ((0, "goes on\n") if is_parent else (-signal.SIGKILL, ""))
 
 
 def test_a_cell_beside_others_has_its_gpu_and_its_share_of_the_cores(workspace, monkeypatch):

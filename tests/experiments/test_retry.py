@@ -1,6 +1,9 @@
 """retry=failed: what is run again, what is left alone, and what a sweep with nothing to retry ends with."""
 
+import contextlib
+
 import pytest
+from helpers.records import cell_record
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -104,6 +107,34 @@ def test_a_sweep_without_any_record(tmp_path, monkeypatch, capsys, retry, code):
     sweep.SweepSummary().on_multirun_end(config)
     assert sweep.sweep_exit_code() == code
     assert ("nothing was run" in capsys.readouterr().out) == (retry == "failed")
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"), [(OSError(28, "No space left on device"), "ok"), (RuntimeError("no font"), "failed")]
+)
+def test_a_summary_that_cannot_be_drawn_hides_no_failure(tmp_path, monkeypatch, capsys, error, outcome):
+    def fail(*arguments):
+        raise error
+
+    write_json(tmp_path / "m" / "rtn-0" / "record.json", cell_record("rtn", outcome=outcome))
+    sweep.note_cell(tmp_path, 0, tmp_path / "m" / "rtn-0" / "record.json", reused=False)
+    monkeypatch.setattr(sweep, "_exit_code", 0)
+    monkeypatch.setattr("experiments.overview.plot_overview", fail)
+    config = OmegaConf.create(
+        {"retry": "none", "hydra": {"sweep": {"dir": str(tmp_path)}}, "tracking": {"backend": "none"}}
+    )
+    with contextlib.suppress(RuntimeError):
+        sweep.SweepSummary().on_multirun_end(config)
+    assert sweep.sweep_exit_code() == 1
+    if isinstance(error, OSError):
+        assert "the overview was not written" in capsys.readouterr().err
+
+
+def test_an_error_that_the_sweeps_directory_cannot_take_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "_unwritten", [])
+    (tmp_path / "cells").touch()
+    sweep.note_error(tmp_path, 3, "cell 3: OSError: no space")
+    assert sweep.sweep_errors(tmp_path) == ["cell 3: OSError: no space"]
 
 
 def test_a_sweeps_summary_gives_the_log_but_the_reason_once(tmp_path, capsys):
