@@ -54,6 +54,12 @@ def test_every_c4_document_has_a_bos():
     assert windows.tolist() == [[0, *byte_tokenizer()(TEXT[:47]).input_ids]] * 3
 
 
+def test_a_c4_document_of_a_window_is_drawn_again():
+    corpus = Corpus("c4", [TEXT[1:49], TEXT[:49]], "shard")
+    windows = document_windows(corpus, byte_tokenizer(), window=48, count=9, seed=0)
+    assert windows.tolist() == [byte_tokenizer()(TEXT[:48]).input_ids] * 9
+
+
 def test_max_windows_takes_the_first(model):
     corpus = Corpus("file", [TEXT], "text")
     whole = perplexity(model, byte_tokenizer(), corpus, window=64)
