@@ -284,15 +284,17 @@ def test_two_processes_make_one_checkpoint(finished, source, tmp_path):
     assert all(torch.equal(tensor, made[name]) for name, tensor in expected.items())
 
 
-def test_models_with_biases_resume_too(tmp_path):
-    directory = write_checkpoint(tmp_path / "qwen", layers=2, family="qwen2")
+@pytest.mark.parametrize("method", [OdysseyMethod, SmoothQuantMethod])
+def test_models_with_biases_and_changed_norms_resume_too(tmp_path, method):
+    directory = write_checkpoint(tmp_path / "qwen", layers=2, family="qwen2", dtype=torch.bfloat16)
     source = resolve_model("qwen", path=str(directory))
-    _quantize(source, tmp_path / "whole")
+    settings = _settings() if method is OdysseyMethod else SmoothQuantSettings()
+    _quantize(source, tmp_path / "whole", method(settings), settings)
     for file in (tmp_path / "whole").iterdir():
         if file.name not in (MANIFEST_NAME, shard_name(1)):
             (tmp_path / "resumed").mkdir(exist_ok=True)
             (tmp_path / "resumed" / file.name).write_bytes(file.read_bytes())
-    assert _quantize(source, tmp_path / "resumed").resumed_blocks == 1
+    assert _quantize(source, tmp_path / "resumed", method(settings), settings).resumed_blocks == 1
     whole, resumed = _tensors(tmp_path / "whole"), _tensors(tmp_path / "resumed")
     assert any(name.endswith("q_proj.bias") for name in whole)
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
