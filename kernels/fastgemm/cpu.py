@@ -17,6 +17,8 @@ from .packing import TILE_COLUMNS, TILE_ROWS
 
 # Unpacked weight handled at a time: enough for an efficient product, few enough bytes to stay in cache.
 _BLOCK_BYTES = 2**20
+# Products of int8 values, none larger than 2^14, whose sums are at most 2^24.
+_EXACT_COLUMNS = 2**10
 
 
 @functools.cache
@@ -49,6 +51,12 @@ def _int_mm_min_rows() -> int | None:
     return None
 
 
+def _float_matmul(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """As `int8_matmul`, in fp32: whatever the order, no sum of so few products needs more than its 24 bits."""
+    blocks = zip(x.split(_EXACT_COLUMNS, dim=1), w.split(_EXACT_COLUMNS, dim=1), strict=True)
+    return sum((a.float() @ b.float().t()).to(torch.int32) for a, b in blocks)
+
+
 def int8_matmul(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """Exact x @ w.T for int8 x [M, K] and w [N, K] with K at most `packing.MAX_K`: int32 [M, N]."""
     m, k = x.shape
@@ -56,8 +64,7 @@ def int8_matmul(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return x.new_zeros(m, w.shape[0], dtype=torch.int32)
     min_rows = _int_mm_min_rows()
     if min_rows is None:
-        # float64 holds every partial sum (below 2^31) exactly.
-        return (x.double() @ w.double().t()).to(torch.int32)
+        return _float_matmul(x, w)
     if m < min_rows:
         return torch._int_mm(F.pad(x, (0, 0, 0, min_rows - m)), w.t())[:m]
     return torch._int_mm(x, w.t())

@@ -28,6 +28,11 @@ def test_weights_are_rotated_past_the_cache():
         assert (copies - 2) * weight < 2 * l2
 
 
+def test_the_spread_needs_four_samples():
+    assert timing.Timing(1, 1, [1.0, 2.0, 3.0]).spread == 0
+    assert timing.Timing(1, 1, [1.0, 2.0, 3.0, 4.0]).spread == pytest.approx(2.5 / 2.5)
+
+
 def test_median_and_spread():
     t = timing.Timing(launches=1, copies=1, samples_us=[10.0, 12.0, 11.0, 30.0, 10.5])
     assert t.median_us == 11.0
@@ -120,6 +125,23 @@ def test_the_commit_says_whether_the_package_differs(monkeypatch, tmp_path):
     assert device.git_commit() == "named"
 
 
+def test_a_row_follows_from_its_times_and_sizes():
+    n, k, m = 4096, 8192, 64
+    t = timing.Timing(launches=20, copies=4, samples_us=[10.0, 12.0, 11.0, 30.0, 10.5])
+    weights = {"fastgemm": 4, "w8a8": 8, "cublas-fp16": 16, "grouped": 4.25, "w4a16-humming": 4.125}
+    for name, bits in weights.items():
+        kernel = competitors.KERNELS[name]
+        moved = n * k * bits / 8 + n * 4 + m * k * (2 if "16" in name else 1) + m * n * 2
+        row = report.make_row(kernel, n, k, m, t, kernel.tolerance, 3e12, "NVIDIA H100")
+        assert (row["time_us"], row["min_us"], row["launches_per_sample"], row["weight_copies"]) == (11, 10, 20, 4)
+        assert row["gb_per_s"] == pytest.approx(moved / 11e-6 / 1e9)
+        assert row["tops"] == pytest.approx(2 * m * n * k / 11e-6 / 1e12)
+        assert row["limit_us"] == pytest.approx(moved / 3e12 * 1e6)
+        assert row["share_of_limit"] == pytest.approx(row["limit_us"] / 11)
+        assert row["correct"] is True
+        assert report.make_row(kernel, n, k, m, t, kernel.tolerance * 1.01, 3e12, "")["correct"] is False
+
+
 def rows():
     found = []
     for m in (1, 64):
@@ -209,7 +231,7 @@ def test_small_run(tmp_path):
     assert all(row["correct"] and row["time_us"] > 0 for row in document["rows"])
 
 
-def test_energy_is_counted_from_step_to_step_of_the_counter():
+def test_energy_is_counted_from_step_to_step_of_the_counter(monkeypatch):
     """A counter that advances only every 90 ms still gives the energy of a launch: 300 W for 1 ms."""
 
     class Gpu:
@@ -231,6 +253,9 @@ def test_energy_is_counted_from_step_to_step_of_the_counter():
             pass
 
     gpu = Gpu()
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: gpu.now)
     gpu.sustain(0.05)
     found = bench._sustained(gpu, gpu)
     assert found["energy_mj"] == pytest.approx(300, rel=0.02)
+    assert found["power_w"] == pytest.approx(300, rel=0.02)
+    assert found["sustained_us"] == pytest.approx(1000)

@@ -103,9 +103,13 @@ def test_products_stay_exact_where_int_mm_cannot_be_used(monkeypatch, refusal):
     monkeypatch.setattr(torch, "_int_mm", int_mm)
     cpu._int_mm_min_rows.cache_clear()
     try:
-        for m in (1, 5, 40):
-            x, x_scale, w, w_scale = problem(m, 64, 512, 8)
-            y = run(8, x, x_scale, w, w_scale)
+        if refusal != "small_m":
+            assert cpu._int_mm_min_rows() is None
+        for m, k, bits in ((1, 512, 8), (5, 2080, 8), (40, 1024, 8), (3, 1056, 4)):
+            x, x_scale, w, w_scale = problem(m, 64, k, bits)
+            x[0], w[:16] = -127, w[:16].abs().bitwise_or_(2 ** (bits - 2)).clamp_(max=2 ** (bits - 1) - 1)  # large sums
+            w[16] = -(2 ** (bits - 1))
+            y = run(bits, x, x_scale, w, w_scale)
             np.testing.assert_array_equal(y.numpy(), reference.accumulate(x.numpy(), w.numpy()))
     finally:
         cpu._int_mm_min_rows.cache_clear()
