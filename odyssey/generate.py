@@ -68,7 +68,10 @@ def _generate(options: argparse.Namespace) -> None:
     on_gpu = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
     if options.max_new_tokens < 1:
         raise UnsupportedError(f"--max-new-tokens {options.max_new_tokens}: must be at least 1")
+    if not 0 <= options.seed < 2**63:
+        raise UnsupportedError(f"--seed {options.seed}: must be 0 to {2**63 - 1}")
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
+    shapes = DecoderShapes.from_config(LlamaFamily.from_directory(source.path).config)
     tokenizer = load_tokenizer(source)
     prompts = [tokenizer(prompt)["input_ids"] for prompt in options.prompt]
     if not all(prompts):
@@ -76,7 +79,6 @@ def _generate(options: argparse.Namespace) -> None:
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     dtype = getattr(torch, options.dtype) if options.dtype else None
     longest = max(map(len, prompts)) + options.max_new_tokens
-    shapes = DecoderShapes.from_config(LlamaFamily.from_directory(source.path).config)
     if longest > shapes.max_positions:
         raise UnsupportedError(
             f"--max-new-tokens {options.max_new_tokens}: the longest prompt and that many tokens are {longest}, "

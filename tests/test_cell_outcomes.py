@@ -58,6 +58,19 @@ def test_a_config_of_impossible_sizes_is_an_invalid_checkpoint(tmp_path):
     assert f"{model / 'config.json'}: not usable" in record["reason"]
 
 
+@pytest.mark.parametrize("content", ["{", "[1]", "5"])
+def test_a_manifest_that_was_damaged_is_named(tmp_path, content):
+    config = _config(tmp_path, write_checkpoint(tmp_path / "model"))
+    assert _run(config)["outcome"] == "ok"
+    (manifest,) = tmp_path.glob("out/model/checkpoints/*/odyssey.json")
+    manifest.write_text(content)
+    record = _run(config)
+    assert record["outcome"] == "invalid-checkpoint"
+    assert record["reason"].startswith(f"{manifest}: not valid JSON")
+    config.force = True
+    assert _run(config)["outcome"] == "ok"
+
+
 def test_a_missing_gpu_is_unsupported(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")

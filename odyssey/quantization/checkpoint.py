@@ -199,7 +199,12 @@ def read_manifest(directory: str | Path) -> dict:
     path = Path(directory) / MANIFEST_NAME
     if not path.is_file():
         raise InvalidCheckpointError(f"{directory}: no {MANIFEST_NAME}; not a finished quantized checkpoint")
-    manifest = json.loads(path.read_text())
+    try:
+        manifest = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise InvalidCheckpointError(
+            f"{path}: not valid JSON ({error}); remove {Path(directory).name} and quantize again (force=true)"
+        ) from error
     if manifest.get("format_version") != FORMAT_VERSION:
         raise UnsupportedError(
             f"{path}: format version {manifest.get('format_version')}, this release reads {FORMAT_VERSION}"

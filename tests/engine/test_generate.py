@@ -162,6 +162,7 @@ def test_the_command_refuses_what_does_not_fit_before_it_loads(monkeypatch, caps
         (["--checkpoint", "tiny", "--max-new-tokens", "5000"], "the model takes 512"),
         (["--checkpoint", "tiny", "--max-new-tokens", "-3"], "--max-new-tokens -3: must be at least 1"),
         (["--checkpoint", "tiny", "--top-p", "2"], "top_p must be above 0"),
+        (["--checkpoint", "tiny", "--seed", "9223372036854775808"], "--seed 9223372036854775808: must be 0 to"),
     ],
 )
 def test_the_command_refuses_in_one_line(arguments, message, capsys):
