@@ -281,6 +281,8 @@ def test_gemm_refuses_bad_weights():
             "weight must be",
         ),
         (lambda: fastgemm.rms_norm_quant(torch.zeros(2, 8), torch.ones(8), -1.0), ValueError, "eps must be"),
+        (lambda: fastgemm.rms_norm_quant(torch.zeros(2, 8), torch.ones(8), float("nan")), ValueError, "eps must be"),
+        (lambda: fastgemm.rms_norm_quant(torch.zeros(2, 0), torch.ones(0), 1e-6), ValueError, "at least one column"),
         (
             lambda: fastgemm.rms_norm_quant(torch.zeros(2, 8), torch.ones(8), 1e-6, torch.zeros(3, 8)),
             ValueError,
