@@ -1,5 +1,7 @@
 """Building and finding the library, with a stand-in compiler: locking, caching, errors."""
 
+import ctypes
+import re
 import stat
 import subprocess
 import sys
@@ -231,6 +233,48 @@ def test_named_library_is_used_or_refused(monkeypatch, tmp_path):
     assert build.find_or_build() == path
     with pytest.raises(library.FastGemmError, match="cannot load the FastGEMM library"):
         library.Library(str(path))
+
+
+def declared_functions():
+    """Name -> ctypes of the arguments, as the headers declare them."""
+    text = "".join((build.SOURCE_DIR / name).read_text() for name in ("fastgemm.h", "ablation/ablation.h"))
+    kinds = {"int64_t": ctypes.c_int64, "int": ctypes.c_int, "float": ctypes.c_float}
+    found = {}
+    for name, arguments in re.findall(r"FG_API [\w*\s]+?\b(fg_\w+)\(([^)]*)\)", text):
+        types = [" ".join(a.split()[:-1]) + "*" * a.count("*") for a in arguments.split(",")]
+        found[name] = [ctypes.c_void_p if "*" in t else kinds[t] for t in types]
+    return found
+
+
+def test_signatures_are_those_of_the_headers():
+    declared = declared_functions()
+    assert declared.pop("fg_error_string") == [ctypes.c_int]
+    assert declared == library._SIGNATURES | library._WORKSPACE_SIGNATURES
+
+
+@pytest.mark.parametrize("name", list(library._SIGNATURES))
+def test_error_codes_become_exceptions(monkeypatch, name):
+    class Dll:
+        code = 0
+
+        def __getattr__(self, function):
+            if function == "fg_silu_mul":
+                raise AttributeError("undefined symbol: fg_silu_mul")
+            if function == "fg_error_string":
+                return lambda code: f"reason {code}".encode()
+            return lambda *arguments: self.code if function == name else -1
+
+    dll = Dll()
+    monkeypatch.setattr(library.ctypes, "CDLL", lambda path: dll)
+    call = getattr(library.Library("lib.so"), name.removeprefix("fg_"))
+    if name == "fg_silu_mul":
+        with pytest.raises(library.FastGemmError, match=r"lib.so is no FastGEMM library of this version: undefined"):
+            call()
+        return
+    call()
+    for dll.code in (1, 1002):
+        with pytest.raises(library.FastGemmError, match=f"{name} failed with code {dll.code}: reason {dll.code}"):
+            call()
 
 
 def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
