@@ -63,6 +63,9 @@ def test_table4_has_our_ratios_beside_the_papers():
     ratio = seven["OdysseyLLM over TensorRT-LLM FP16"]
     assert (ratio["measured"], ratio["paper"]) == (pytest.approx(3.2), 1.87)
     assert "over FP16 in the same engine" in ratio["note"]
+    # Ratios can be compared, milliseconds of different GPUs cannot.
+    assert ratio["difference"] == pytest.approx(3.2 - 1.87)
+    assert (seven["OdysseyLLM"]["paper"], seven["OdysseyLLM"]["difference"]) == (751, None)
     assert seven["OdysseyLLM over TensorRT-LLM W8A8"]["measured"] == pytest.approx(2.0)
     assert (seven["FP16"]["measured"], seven["FP16"]["paper"]) == (800.0, None)
     assert seven["TensorRT-LLM FP16"]["measured"] is None
@@ -181,6 +184,60 @@ def test_other_lengths_are_left_out_and_cells_are_taken():
         "latency": {"rows": [row("w4a8", 3.0, 1.0), row("fp16", 3.0, 1.0, input_len=32)]},
     }  # fmt: skip
     assert [each.row["method"] for each in timed_rows([], [record])] == ["w4a8"]
+
+
+def test_a_row_that_failed_gives_way_to_one_of_a_run_of_fewer_methods():
+    most = document([row("fp16", 800.0), row("w8a8", 500.0), failed("w4a8")], path="h100/a.json")
+    one = document([row("w4a8", 250.0)], path="h100/b.json")
+    assert {timed.key[2]: timed.run for timed in timed_rows([one, most])} == {
+        "fp16": "h100/a.json", "w8a8": "h100/a.json", "w4a8": "h100/b.json",
+    }  # fmt: skip
+
+
+def test_ratios_are_of_one_batch_size():
+    found = texts(end_to_end_table(timed_rows([RUN])))
+    ratios = {(each["method"], each["batch_size"]): each["speedup_over_fp16"] for each in found}
+    assert ratios["OdysseyLLM W4A8", 1] == pytest.approx(3.2)
+    assert ratios["OdysseyLLM W4A8", 16] == pytest.approx(1.6)
+
+
+def test_a_ratio_to_what_failed_says_how_that_failed():
+    rows = timed_rows([document([failed("fp16"), row("w8a8", 500.0), row("w4a8", 250.0)])])
+    found = {each.method: each for each in latencies(rows)}
+    ratio = found["odyssey over trtllm-fp16"]
+    assert (ratio.value, ratio.outcome) == (None, "unsupported")
+    assert found["odyssey over trtllm-w8a8"].value == 2.0
+    assert [each.value for each in speedups(rows)] == [None]
+
+
+def test_stages_of_the_bit_widths_are_prefill_and_what_is_left():
+    rows = timed_rows([document([row("fp16", 800.0, 20.0), row("w4a8", 250.0, 16.0)])])
+    found = {(each["format"], each["stage"]): each for each in texts(figure1_table(rows))}
+    context, decoding = (found["OdysseyLLM W4A8", stage] for stage in ("context decoding", "self-decoding"))
+    assert (context["measured"], context["ratio"]) == (16.0, 1.25)
+    assert (decoding["measured"], decoding["ratio"]) == (234.0, pytest.approx(780 / 234))
+    assert found["FP16", "self-decoding"]["measured"] == 780.0
+
+
+def test_stages_are_compared_within_one_run_alone():
+    other = document([row("fp16", 900.0)], path="h100/b.json", started="2026-01-02T00:00:00")
+    rows = timed_rows([document([row("w4a8", 250.0)]), other])
+    assert {each["format"]: each["ratio"] for each in texts(figure1_table(rows))} == {
+        "FP16": 1.0, "OdysseyLLM W4A8": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("outcome", "methods"), [("failed", ["fp16", "w8a8"]), ("ok", []), (None, [])])
+def test_a_cell_that_failed_before_it_timed_anything_has_its_rows(outcome, methods):
+    lengths = {"batch_size": 1, "input_len": 1024, "output_len": 128}
+    record = {
+        "config": {"latency": {"engine": "odyssey", "against": ["w8a8"], **lengths}, "model": {"name": "llama2-7b"}},
+        "method": {"label": "W16A16"}, "environment": {"gpu": {"name": "GPU 1"}}, "path": "x/record.json",
+        "outcome": outcome, "reason": "why",
+    }  # fmt: skip
+    rows = timed_rows([], [record])
+    assert [timed.key for timed in rows] == [("llama2-7b", 1, method) for method in methods]
+    assert {timed.row["reason"] for timed in rows} <= {"why"}
 
 
 def test_the_full_table_says_what_did_not_run():
