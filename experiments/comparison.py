@@ -33,11 +33,12 @@ def comparison_table(
     signed: str = "{:+.2f}",
     notes: tuple[str, ...] = (),
     why: Why | None = None,
+    differs: Callable[[tuple], bool] = lambda cell: True,
 ) -> Table:
     """One row per cell and measurement of it; cells are those that the paper reports or that were measured.
 
     keys: the columns in front; labels gives their texts for a cell, rank its place. A cell that did not end ok shows
-    its outcome in place of the figure.
+    its outcome in place of the figure. differs: whether a cell's distance from the paper says something.
     """
     columns = (
         *keys,
@@ -56,7 +57,7 @@ def comparison_table(
             rows.append((*labels(cell), None, figure, None, *_NO_PAIR, None, None, None))
             reasons.append(tuple(reason.text for reason in why(cell)) if why else ())
         for each in measured.get(cell, ()):
-            difference = None if each.value is None or figure is None else each.value - figure
+            difference = each.value - figure if None not in (each.value, figure) and differs(cell) else None
             shown = each.outcome if each.value is None else each.value
             compared = paired_values(each.paired, signed)
             rows.append((*labels(cell), shown, figure, difference, *compared, each.device, each.commit, each.note))

@@ -205,6 +205,9 @@ def _stack(axis, found: list[Timed], title: str) -> None:
     names = [method_name(timed.row["method"]).removeprefix("OdysseyLLM ").partition(" (")[0] for timed in found]
     axis.set_xticks(places, names, rotation=40, ha="right", fontsize=6)
     axis.set_title(title, fontsize=7)
+    # A method alone gets no wider bar than one of three.
+    missing = max(0, 3 - len(found))
+    axis.set_xlim(-0.5 - missing / 2, len(found) - 0.5 + missing / 2)
     axis.margins(y=0.15)
     if not any(totals):
         axis.set_ylim(0, 1)

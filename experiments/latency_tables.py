@@ -32,8 +32,10 @@ def table4_latency(measurements: Sequence[Measurement] = (), not_run: NotRun | N
             order.index(cell[1]) if cell[1] in order else len(order),
             engine_rank(cell[1]),
         ),
-        number="{:.6g}",
-        signed="{:+.6g}",
+        number="{:.4g}",
+        signed="{:+.2f}",
+        # Milliseconds of different GPUs are different quantities.
+        differs=lambda cell: units.get(cell[1]) == "x",
         notes=(
             "Batch 1. The paper: A100-80G, TensorRT-LLM beside its own engine, trained weights. Measured: the row's "
             "GPU, all formats in this project's engine, random weights of the same shapes; the ratios are W4A8 over "

@@ -238,4 +238,6 @@ def test_the_commands_of_the_committed_report_draw_its_sections(capsys, monkeypa
         body = capsys.readouterr().out.split("\n", 2)[2].strip()
         assert body
         assert body in section, command
+        # A long table is folded, so that the file can be read.
+        assert ("<details>" in section) == (body.count("\n| ") > 40 or command.startswith("gemm ")), command
     assert len(sections) > 20
