@@ -87,9 +87,9 @@ def uses_gpu(root: RootConfig) -> bool:
 
 def _disk_check(root: RootConfig, prediction: Prediction) -> Check:
     directory = Path(root.output_dir).absolute()
-    while not directory.exists():
+    while not os.path.exists(directory):
         directory = directory.parent
-    if not directory.is_dir() or not os.access(directory, os.W_OK):
+    if not os.path.isdir(directory) or not os.access(directory, os.W_OK):
         return Check("disk", False, f"output_dir={root.output_dir}: cannot be written")
     free = shutil.disk_usage(directory).free
     return Check("disk", free > prediction.disk_bytes, f"{free / 2**30:.0f} GiB free")

@@ -1,8 +1,12 @@
-"""What a cell reads, looked at before it runs: the model, the texts, the tasks, and the hub that may have them."""
+"""What a cell reads, looked at before it runs: the model, the texts, the tasks, and the hub that may have them.
+
+os.path is asked where a Path would raise for a directory that this user may not enter.
+"""
 
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,7 +163,7 @@ def hub_reachable() -> bool:
 def data_checks(root: RootConfig) -> list[Check]:
     """One check for the calibration text and every text and task that is evaluated."""
     checks = []
-    if root.data.root is not None and not Path(root.data.root).expanduser().is_dir():
+    if root.data.root is not None and not os.path.isdir(Path(root.data.root).expanduser()):
         checks.append(Check("data.root", False, f"{root.data.root}: no such directory"))
     if _calibrates(root):
         dataset = dataset_of(root.calibration, root.model, default="c4")
@@ -206,7 +210,7 @@ def _local_text(
 
 def _text_bytes(group, dataset: str, split: str, root: str | None) -> int:
     file = _local_text(group, dataset, split, root)
-    if file is None or not file.is_file():
+    if file is None or not os.path.isfile(file):
         return _HUB_TEXT_BYTES.get((dataset, split), 0)
     return int(file.stat().st_size * (_COMPRESSION if file.suffix == ".gz" else 1))
 
@@ -218,7 +222,8 @@ def _corpus_check(
         return Check(name, True, "embedded")
     file = _local_text(group, dataset, split, root)
     if file is not None:
-        return Check(name, file.is_file(), str(file) if file.is_file() else f"{file}: no such file")
+        found = os.path.isfile(file)
+        return Check(name, found, str(file) if found else f"{file}: no such file")
     if find_snapshot(root, dataset) is not None:
         return Check(name, True, f"{dataset} in data.root, a cache of the hub")
     return _hub_data_check(name, dataset)
@@ -228,7 +233,7 @@ def _task_check(task: str, root: str | None) -> Check:
     from odyssey.data.task_files import local_file_names
 
     names = local_file_names(task) if root else ()
-    if names and all((Path(root).expanduser() / name).is_file() for name in names):
+    if names and all(os.path.isfile(Path(root).expanduser() / name) for name in names):
         return Check(task, True, "in data.root")
     if find_snapshot(root, "mmlu" if task.startswith("mmlu_") else task) is not None:
         return Check(task, True, "in data.root, a cache of the hub")

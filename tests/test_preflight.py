@@ -1,6 +1,7 @@
 """What a cell would miss is seen before it runs: models, gated ones, texts, tasks, disk, memory, GPU, kernels."""
 
 import json
+import os
 import re
 import shutil
 from types import SimpleNamespace
@@ -105,6 +106,28 @@ def test_an_existing_checkpoint_has_to_be_a_quantized_one(cell, tmp_path):
 def test_a_data_root_that_is_not_there(cell, tmp_path):
     assert "no such directory" in _failed(cell("device=cpu", f"data.root={tmp_path / 'gone'}"))["data.root"]
     assert "data.root" not in _failed(cell("device=cpu", f"data.root={tmp_path}"))
+
+
+def test_what_this_user_may_not_enter_is_one_check_each(cell, tmp_path):
+    private = tmp_path / "private"
+    (private / "model").mkdir(parents=True)
+    roots = [
+        cell("device=cpu", "method=rtn", "accuracy=none", f"model.path={private / 'model'}"),
+        cell("device=cpu", f"calibration.path={private / 'text.txt'}", f"data.root={private / 'data'}"),
+    ]
+    _failed(roots[0])  # what is imported on the way is not this user's, either
+    private.chmod(0)
+    is_root = os.geteuid() == 0
+    try:
+        if is_root:
+            os.seteuid(65534)
+        failed = [_failed(root) for root in roots]
+    finally:
+        if is_root:
+            os.seteuid(0)
+        private.chmod(0o700)
+    assert [set(each) for each in failed] == [{"model"}, {"data.root", "calibration"}]
+    assert "Permission denied" in failed[0]["model"]
 
 
 @pytest.mark.parametrize(("named", "cores"), [("3", 3), ("2,1", 2), ("0", 5), ("", 5), ("many", 5)])
