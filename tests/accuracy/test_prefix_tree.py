@@ -83,7 +83,9 @@ def test_likelihoods_are_those_of_each_sequence_alone(model):
     sequences.append(generator.integers(3, 60, 9))
     with torch.no_grad():
         best = model(torch.from_numpy(sequences[-1])[None]).logits[0, -3:].argmax(-1).numpy()
-    targets.append(best)
+    # The likeliest tokens, and all of them but the last.
+    sequences.append(sequences[-1])
+    targets += [best, np.concatenate([best[:-1], [(best[-1] + 1) % 60]])]
     rows = pack(sequences, list(map(len, targets)), 90)
     assert len(rows) > 3
     found = {}
@@ -97,4 +99,4 @@ def test_likelihoods_are_those_of_each_sequence_alone(model):
         value, greedy = found[index]
         assert value == pytest.approx(log_probabilities[np.arange(len(answer)), answer].sum(), rel=1e-6)
         assert greedy == (logits.argmax(-1) == answer).all()
-    assert found[len(sequences) - 1][1]
+    assert [found[len(sequences) - 2][1], found[len(sequences) - 1][1]] == [True, False]

@@ -166,12 +166,16 @@ def test_scale_gradient_is_exact_where_every_value_is_clamped():
 
 
 def test_activation_estimator_is_the_identity():
-    x = torch.randn(5, 7, generator=generator(0), requires_grad=True)
+    x = torch.randn(5, 7, generator=generator(0))
+    # Ties, which go to the even neighbour.
+    x[0] = torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5])
+    x.requires_grad_()
     upstream = torch.randn(5, 7, generator=generator(1))
     y = fake_quant_per_token(x)
     y.backward(upstream)
     values, scales = quantize_activation_per_token(x.detach())
     assert torch.equal(y.detach(), values * scales)
+    assert y[0].tolist() == [127, 0, 2, 2, 0, -2, -2]
     assert torch.equal(x.grad, upstream)
 
 
