@@ -224,6 +224,36 @@ def test_without_a_compiler_a_cached_library_is_used(fake_nvcc, monkeypatch):
     assert build.find_or_build() == built
 
 
+def test_without_a_compiler_only_a_library_for_these_gpus_is_used(fake_nvcc, monkeypatch):
+    everything, alone = build.build(build.ARCHITECTURES), build.build(["sm_86"])
+    monkeypatch.delenv("FASTGEMM_NVCC")
+    monkeypatch.setattr(build.os, "access", lambda *a: False)
+    monkeypatch.setattr(build, "native_architectures", lambda: ("sm_86",))
+    assert build.find_or_build() == alone
+    monkeypatch.setattr(build, "native_architectures", lambda: ("sm_80", "sm_89"))
+    assert build.find_or_build() == everything
+    monkeypatch.setattr(build, "native_architectures", lambda: (build.PORTABLE,))
+    with pytest.raises(build.CompilerNotFoundError):
+        build.find_or_build()
+
+
+def test_the_source_hash_covers_names_contents_and_flags(monkeypatch, tmp_path):
+    (tmp_path / "sm80").mkdir()
+    (tmp_path / "api.cu").write_text("int a;")
+    (tmp_path / "sm80/gemm.cuh").write_text("int b;")
+    monkeypatch.setattr(build, "SOURCE_DIR", tmp_path)
+    hashes = [build.source_hash()]
+    (tmp_path / "sm80/notes.txt").write_text("no source")
+    assert build.source_hash() == hashes[0]
+    (tmp_path / "sm80/gemm.cuh").write_text("int c;")
+    hashes.append(build.source_hash())
+    (tmp_path / "sm80/gemm.cuh").rename(tmp_path / "gemm.cuh")
+    hashes.append(build.source_hash())
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-g"))
+    hashes.append(build.source_hash())
+    assert len(set(hashes)) == 4
+
+
 def test_named_library_is_used_or_refused(monkeypatch, tmp_path):
     path = tmp_path / "mine.so"
     monkeypatch.setenv("FASTGEMM_LIBRARY", str(path))
