@@ -165,6 +165,7 @@ def test_rms_norm_quant_equals_the_unfused_modules(dtype, with_residual, rng):
     q, scale, h_out = fastgemm.rms_norm_quant(x, norm.weight.data, 1e-5, residual)
     expected_q, expected_scale = fastgemm.quantize_per_token(norm(h).detach())
     assert torch.equal(h_out, h)
+    assert (h_out is x) == (residual is None)
     assert torch.equal(q, expected_q)
     assert torch.equal(scale, expected_scale)
 
