@@ -16,6 +16,7 @@ from experiments.gemm import (
     gemm_kinds,
     gemm_title,
     over_fastgemm,
+    speedup_over_fp16,
     stage_label,
 )
 from experiments.measured import Measurement
@@ -67,7 +68,7 @@ def _save(figure, path: Path) -> list[Path]:
 def draw_gemm(document: dict, path: Path) -> list[Path]:
     """Speed-up over cuBLAS fp16 against M, one panel per size. Raises ValueError without a row that has one."""
     plt = _pyplot()
-    rows = [row for row in document["rows"] if row.get("speedup_over_fp16") and row["correct"]]
+    rows = [row for row in document["rows"] if speedup_over_fp16(document, row) and row["correct"]]
     rows = [row for row in rows if row["kernel"] != BASELINE]
     if not rows:
         raise ValueError(f"{gemm_title(document)}: no correct row beside a row of {BASELINE}; nothing to draw")

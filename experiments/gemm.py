@@ -52,6 +52,14 @@ def gemm_cells(document: dict, scale: float = 1.0) -> Iterator[tuple[dict, Measu
         )
 
 
+def speedup_over_fp16(document: dict, row: dict) -> float | None:
+    """A row's ratio to cuBLAS fp16; None where that has a wrong result, whose time means nothing."""
+    size = [row[key] for key in ("n", "k", "m")]
+    bases = [each for each in document["rows"] if each["kernel"] == BASELINE]
+    wrong = any(not each.get("correct", True) for each in bases if [each[key] for key in ("n", "k", "m")] == size)
+    return None if wrong else row.get("speedup_over_fp16")
+
+
 def gemm_table(document: dict) -> Table:
     """One row per size, number of tokens and kernel.
 
@@ -80,7 +88,10 @@ def gemm_table(document: dict) -> Table:
                 f"{row['n']} x {row['k']}",
                 row["m"],
                 kernel_name(row["kernel"]),
-                *(row.get(column.key) for column in columns[3:10]),
+                row.get("time_us"),
+                row.get("spread"),
+                speedup_over_fp16(document, row),
+                *(row.get(column.key) for column in columns[6:10]),
                 correct,
                 row.get("unavailable"),
             )

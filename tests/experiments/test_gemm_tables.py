@@ -48,6 +48,25 @@ def test_gemm_table():
     assert "4.00x" in table.render("terminal")
 
 
+def test_ratios_to_a_wrong_product_and_of_wrong_products_are_not_drawn(tmp_path):
+    result = gemm_result(
+        [
+            (4096, 4096, 1, "fastgemm", 5.0, True),
+            (4096, 4096, 1, "int-mm", 1.0, False),
+            (4096, 4096, 1, "cublas-fp16", 20.0, True),
+            (4096, 4096, 16, "w8a8", 25.0, True),
+            (4096, 4096, 16, "cublas-fp16", 50.0, False),
+        ]
+    )
+    rows = rows_of(gemm_table(result))
+    assert [row["speedup_over_fp16"] for row in rows] == [4.0, 20.0, 1.0, None, None]
+    assert [row["time_us"] for row in rows] == [5.0, 1.0, 20.0, 25.0, 50.0]
+    text = draw_gemm(result, tmp_path / "gemm")[1].read_text()
+    assert "FastGEMM W4A8" in text
+    assert "torch._int_mm W8A8" not in text
+    assert ">W8A8<" not in text
+
+
 def test_a_kernel_that_was_not_available_is_a_row_with_its_reason():
     result = gemm_result([(64, 64, 1, "fastgemm", 1.0, True)])
     result["rows"].append({"n": 64, "k": 64, "m": 1, "kernel": "humming", "unavailable": "not installed"})
