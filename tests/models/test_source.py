@@ -1,5 +1,7 @@
 import pytest
+import torch
 from helpers.checkpoints import write_checkpoint
+from safetensors.torch import save_file
 
 from odyssey.errors import GatedModelError, InvalidCheckpointError, MissingModelError
 from odyssey.models.source import checkpoint_fingerprint, resolve_model
@@ -12,19 +14,79 @@ def test_a_local_directory(tmp_path):
     assert len(source.fingerprint) == 16
 
 
-def test_a_fingerprint_sees_the_beginning_the_end_and_the_size_of_a_large_shard(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    content, found = bytearray(5 << 20), set()
-    for position in (None, 0, (1 << 20) - 1, (4 << 20) + 1, (5 << 20) - 1):
-        changed = content.copy()
-        if position is not None:
-            changed[position] = 1
-        (tmp_path / "model.safetensors").write_bytes(changed)
+def _fingerprints(directory, contents):
+    found = []
+    for name, content in contents:
+        (directory / name).write_bytes(content)
+        found.append(checkpoint_fingerprint(directory))
+    return found
+
+
+def test_a_fingerprint_sees_every_tensor_of_a_shard(tmp_path):
+    """A merged adapter changes some projections in the middle of a file, and neither its size nor its ends."""
+    rows = torch.arange(3 * 2048, dtype=torch.float32).view(3, 2048, 1).expand(3, 2048, 64).contiguous()
+    found = set()
+    for changed in (None, 0, 1, 2):
+        tensors = {f"layers.{number}.weight": rows[number].clone() for number in range(3)}
+        if changed is not None:
+            tensors[f"layers.{changed}.weight"].mul_(1.001)
+        (tmp_path / "config.json").write_text("{}")
+        save_file(tensors, tmp_path / "model.safetensors")
         found.add(checkpoint_fingerprint(tmp_path))
-    (tmp_path / "model.safetensors").write_bytes(content + bytes(1 << 20))
-    found.add(checkpoint_fingerprint(tmp_path))
-    (tmp_path / "config.json").write_text('{"a": 1}')
-    assert len(found | {checkpoint_fingerprint(tmp_path)}) == 7
+    assert len(found) == 4
+
+
+def test_a_fingerprint_sees_both_ends_of_a_tensor_and_all_of_a_small_one(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    found = set()
+    for name, position in (
+        ("large", None),
+        ("large", 0),
+        ("large", -1),
+        ("small", 0),
+        ("small", 20_000),
+        ("small", -1),
+    ):
+        tensors = {"large": torch.zeros(1 << 20, dtype=torch.uint8), "small": torch.zeros(60_000, dtype=torch.uint8)}
+        if position is not None:
+            tensors[name][position] = 1
+        save_file(tensors, tmp_path / "model.safetensors")
+        found.add(checkpoint_fingerprint(tmp_path))
+    assert len(found) == 6
+
+
+def test_a_fingerprint_sees_config_tokenizer_size_and_names(tmp_path):
+    contents = [
+        ("config.json", b"{}"),
+        ("config.json", b'{"a": 1}'),
+        ("tokenizer.json", b"{}"),
+        ("tokenizer.json", b"[]"),
+        ("tokenizer_config.json", b'{"add_bos_token": true}'),
+        ("tokenizer_config.json", b'{"add_bos_token": false}'),
+        ("a.safetensors", b""),
+        ("a.safetensors", bytes(100)),
+        ("a.safetensors", bytes(101)),
+        ("b.safetensors", b""),
+    ]
+    assert len(set(_fingerprints(tmp_path, contents))) == len(contents)
+    # The order of keys and files that are no part of the model say nothing.
+    before = checkpoint_fingerprint(tmp_path)
+    assert _fingerprints(tmp_path, [("README.md", b"x"), ("config.json", b'{ "a":1 }')]) == [before, before]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff" * 300_000,
+        (50).to_bytes(8, "little") + b"{" * 300_000,
+        (2).to_bytes(8, "little") + b"[]" + bytes(300_000),
+    ],
+    ids=["length beyond the file", "no JSON", "no mapping"],
+)
+def test_a_damaged_shard_has_a_fingerprint_of_its_bytes(tmp_path, content):
+    (tmp_path / "config.json").write_text("{}")
+    other = content[:-1] + b"?"
+    assert len(set(_fingerprints(tmp_path, [("model.safetensors", each) for each in (content, other)]))) == 2
 
 
 def test_a_directory_that_is_not_there(tmp_path):
