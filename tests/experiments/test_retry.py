@@ -3,16 +3,24 @@
 import contextlib
 
 import pytest
+from helpers.cells import cell_config
 from helpers.records import cell_record
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import odyssey.runner as runner
 from experiments import sweep
-from odyssey.config import register_schemas
+from odyssey.config import (
+    AccuracyConfig,
+    CalibrationConfig,
+    DataConfig,
+    LatencyConfig,
+    TrackingConfig,
+    register_schemas,
+)
 from odyssey.errors import ConfigError
 from odyssey.overrides import check_command_line
-from odyssey.record import read_record, write_json
+from odyssey.record import cell_digest, read_record, write_json
 
 
 @pytest.fixture
@@ -128,6 +136,35 @@ def test_a_summary_that_cannot_be_drawn_hides_no_failure(tmp_path, monkeypatch, 
     assert sweep.sweep_exit_code() == 1
     if isinstance(error, OSError):
         assert "the overview was not written" in capsys.readouterr().err
+
+
+def test_what_makes_another_cell_and_what_does_not(tmp_path):
+    def digest(fingerprint="m", **changes):
+        return cell_digest(cell_config(tmp_path, None, changes.pop("method", "rtn"), **changes), fingerprint)
+
+    others = [
+        {"fingerprint": "n"}, {"method": "gptq"}, {"seed": 1}, {"device": "cuda"}, {"data": DataConfig("data")},
+        {"calibration": CalibrationConfig(seed=1)}, {"accuracy": AccuracyConfig(limit=3)},
+        {"latency": LatencyConfig(repeats=6)},
+    ]  # fmt: skip
+    assert len({digest(), *(digest(**each) for each in others)}) == 1 + len(others)
+    asked = {"output_dir": "x", "force": True, "retry": "failed", "timeout_s": 5.0, "preflight": True}
+    assert {digest(**{key: value}) for key, value in asked.items()} == {digest()}
+    assert digest(tracking=TrackingConfig("wandb")) == digest()
+
+
+def test_a_cell_without_a_record_fails_its_sweep(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "_exit_code", 0)
+    monkeypatch.setattr("experiments.overview.plot_overview", lambda *arguments: False)
+    write_json(tmp_path / "m" / "rtn-0" / "record.json", cell_record("rtn"))
+    sweep.note_cell(tmp_path, 0, tmp_path / "m" / "rtn-0" / "record.json", reused=False)
+    sweep.note_error(tmp_path, 1, "cell 1: OSError: no space")
+    config = OmegaConf.create(
+        {"retry": "none", "hydra": {"sweep": {"dir": str(tmp_path)}}, "tracking": {"backend": "none"}}
+    )
+    sweep.SweepSummary().on_multirun_end(config)
+    assert sweep.sweep_exit_code() == 1
+    assert "error: cell 1: OSError: no space" in capsys.readouterr().err
 
 
 def test_an_error_that_the_sweeps_directory_cannot_take_is_kept(tmp_path, monkeypatch):
