@@ -45,6 +45,10 @@ class QuantizedLinear(nn.Module):
             values = fastgemm.unpack(self.packed, rows, columns)[: self.out_features, : self.in_features]
         return QuantizedWeight(values, self.scales, self.scheme, self.zeros, self.order)
 
+    def _held_values(self) -> torch.Tensor:
+        """weight().values without its checks, which cost a small layer on a CPU as much as its product."""
+        return self.weight().values if self.values is None else self.values
+
     def dequantized(self) -> torch.Tensor:
         """float32 [out_features, in_features]."""
         return dequantize(self.weight())
@@ -81,7 +85,7 @@ class QuantizedLinear(nn.Module):
         channel_scales = self.scales[:, 0]
         bias = None if self.bias is None else self.bias.to(tokens.dtype)
         if not (tokens.is_cuda and self.pack_for_kernels()):
-            return _w8a8(quantized, token_scales, self.weight().values, channel_scales, bias, tokens.dtype)
+            return _w8a8(quantized, token_scales, self._held_values(), channel_scales, bias, tokens.dtype)
         output = fastgemm.w4a8_gemm(
             _pad_columns(quantized), token_scales, self.packed, _pad_rows(channel_scales),
             None if bias is None else _pad_rows(bias), tokens.dtype,
@@ -90,7 +94,7 @@ class QuantizedLinear(nn.Module):
 
     def _integer_per_group(self, tokens: torch.Tensor) -> torch.Tensor:
         quantized, token_scales = fastgemm.quantize_per_token(tokens.contiguous())
-        values, size = self.weight().values, self.scheme.group_size
+        values, size = self._held_values(), self.scheme.group_size
         output = torch.zeros(tokens.shape[0], self.out_features, device=tokens.device)
         ones = torch.ones_like(token_scales)
         for group, start in enumerate(range(0, self.in_features, size)):
@@ -133,11 +137,14 @@ def _pad_columns(tensor: torch.Tensor) -> torch.Tensor:
 
 def _w8a8(x, x_scale, values, scales, bias, dtype: torch.dtype) -> torch.Tensor:
     """fastgemm.w8a8_gemm for any shape: layers of odd sizes are padded with zeros, which change no sum."""
+    rows, columns = values.shape
+    if rows % ROW_MULTIPLE == 0 and columns % COLUMN_MULTIPLE == 0:
+        return fastgemm.w8a8_gemm(x, x_scale, values.contiguous(), scales.contiguous(), bias, dtype)
     output = fastgemm.w8a8_gemm(
         _pad_columns(x), x_scale, _pad_rows(_pad_columns(values)), _pad_rows(scales),
         None if bias is None else _pad_rows(bias), dtype,
     )  # fmt: skip
-    return output[:, : values.shape[0]]
+    return output[:, :rows]
 
 
 def replace_linears(block: nn.Module, weights: dict[str, QuantizedWeight], backend: str = "integer") -> None:
