@@ -195,7 +195,7 @@ def test_a_config_error_is_one_line_and_exit_code_2(project_root, tmp_path):
     (tmp_path / "transformers.py").write_text("raise ImportError('needed before any work starts')")
     result = _run(project_root, "method.bits=99", PYTHONPATH=str(tmp_path))
     assert result.returncode == 2
-    assert result.stderr == "error: method.bits must be 2..8 or 16, not 99\n"
+    assert result.stderr == "error: method.bits must be 2..8, not 99; method=fp16 leaves the weights as they are\n"
 
 
 def test_a_failed_cell_exits_with_1_and_leaves_a_record(project_root, workspace):
