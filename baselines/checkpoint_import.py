@@ -144,7 +144,7 @@ class ExistingCheckpoint:
         for name in (self.architecture.embedding_name, *self.architecture.final_names):
             if name not in self.reader and not (tied and name == "lm_head.weight"):
                 raise InvalidCheckpointError(f"{self.directory}: tensor {name} is missing from the checkpoint")
-        self.architecture.check_head(self.reader)
+        self.architecture.check_config(self.reader)
 
     def _check_shape(self, name: str, expected: tuple[int, ...]) -> None:
         if name not in self.reader:

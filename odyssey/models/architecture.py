@@ -116,9 +116,22 @@ class LlamaFamily:
             owner.register_parameter(leaf, nn.Parameter(tensor.to(device, torch.float32), requires_grad=False))
         return block.eval()
 
-    def check_head(self, reader: CheckpointReader) -> None:
-        """Raises InvalidCheckpointError unless the output layer is either there or tied by config.json to embeddings
-        that equal what is there of it (Transformers leaves others untied, with a warning)."""
+    def check_config(self, reader: CheckpointReader) -> None:
+        """Before any block is read: raises InvalidCheckpointError when config.json has fewer layers than the checkpoint
+        or another vocabulary, or unless the output layer is either there or tied by config.json to embeddings that
+        equal what is there of it (Transformers leaves others untied, with a warning)."""
+        beyond = self.block_prefix(self.num_blocks)
+        if any(name.startswith(beyond) for name in reader.names()):
+            raise InvalidCheckpointError(
+                f"{reader.directory}: config.json says num_hidden_layers={self.num_blocks}, but there are tensors of "
+                f"{beyond[:-1]}"
+            )
+        expected = self.config.vocab_size, self.config.hidden_size
+        if self.embedding_name in reader and reader.shape(self.embedding_name) != expected:
+            raise InvalidCheckpointError(
+                f"{reader.directory}: tensor {self.embedding_name} has shape {reader.shape(self.embedding_name)}, "
+                f"config.json asks for {expected}"
+            )
         head, tied = self.final_names[-1], self.config.tie_word_embeddings
         if head not in reader and not tied:
             raise InvalidCheckpointError(

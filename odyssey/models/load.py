@@ -21,7 +21,7 @@ def load_model(source: ModelSource, device: str | torch.device = "cpu", dtype: t
     device = torch.device(device)
     architecture = LlamaFamily.from_directory(source.path)
     reader = CheckpointReader(source.path)
-    architecture.check_head(reader)
+    architecture.check_config(reader)
     model = architecture.empty_model()
     for name, parameter in list(model.named_parameters()):
         if name == "lm_head.weight" and name not in reader:

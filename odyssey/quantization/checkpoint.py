@@ -231,7 +231,7 @@ def load_quantized(
     manifest = read_manifest(directory)
     architecture = LlamaFamily.from_directory(directory)
     reader = CheckpointReader(directory)
-    architecture.check_head(reader)
+    architecture.check_config(reader)
     model = architecture.empty_model()
     names = set(reader.names())
     if dtype is None:

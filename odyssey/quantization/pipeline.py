@@ -129,7 +129,7 @@ def _quantize(
     progress = progress or Progress.silent()
     architecture = LlamaFamily.from_directory(source.path)
     reader = CheckpointReader(source.path)
-    architecture.check_head(reader)
+    architecture.check_config(reader)
     digest = job_digest(source, method, method_settings, calibration, seed)
     writer = CheckpointWriter(output_dir, digest)
     if (output_dir / MANIFEST_NAME).is_file() and read_manifest(output_dir)["job"] == digest:

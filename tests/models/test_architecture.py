@@ -89,6 +89,31 @@ def test_load_model_equals_from_pretrained(tmp_path, tied):
     assert load_tokenizer(source)("ab").input_ids == load_tokenizer(source)("ab").input_ids != []
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_hidden_layers", 1, r"num_hidden_layers=1, but there are tensors of model\.layers\.1"),
+        ("vocab_size", 100, r"model\.embed_tokens\.weight has shape \(\d+, 128\), config.json asks for \(100, 128\)"),
+    ],
+)
+def test_a_config_of_a_smaller_model_is_refused_before_any_work(tmp_path, key, value, message):
+    directory = write_checkpoint(tmp_path / "model", layers=2)
+    settings = settings_dict(RtnSettings())
+    quantize_checkpoint(
+        resolve_model("local", path=str(directory)), RtnMethod(), settings, None, tmp_path / "whole", device=CPU
+    )
+    for written in (directory, tmp_path / "whole"):
+        _edit_config(written, **{key: value})
+    source = resolve_model("local", path=str(directory))
+    with pytest.raises(InvalidCheckpointError, match=message):
+        load_model(source)
+    with pytest.raises(InvalidCheckpointError, match=message):
+        quantize_checkpoint(source, RtnMethod(), settings, None, tmp_path / "out", device=CPU)
+    with pytest.raises(InvalidCheckpointError, match=message):
+        load_quantized(tmp_path / "whole")
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_output_layer_that_contradicts_the_config_is_refused_before_any_work(tmp_path, tied):
     directory = write_checkpoint(tmp_path / "model", tied=tied, layers=1)
