@@ -61,8 +61,8 @@ REGIMES = {
 RECIPE = {
     "FP16 (computed in float32)": ("fp16-1ef72c4106bb", "fp16-1ef72c4106bb"),
     "vanilla (round to nearest)": ("rtn-eb53a29b8dac", "rtn-6cad67907942"),
-    "+ LWC": ("odyssey-aeada37fcd86", "odyssey-1fed5babca17"),
-    "+ LWC + GPTQ (OdysseyLLM)": ("odyssey-de62cc706963", "odyssey-f6a997388315"),
+    "+ LWC": ("odyssey-ab70493ae20a", "odyssey-ba2a8065df1f"),
+    "+ LWC + GPTQ (OdysseyLLM)": ("odyssey-cd17d99bd987", "odyssey-919f9db03a4a"),
 }
 TESTBED = {
     ("FP16", "W16A16"): ("fp16-1ef72c4106bb", "fp16-ce18452236b4"),
@@ -72,7 +72,7 @@ TESTBED = {
     ("AWQ", "W4A16-g128"): ("awq-4a1d0d49c726", "awq-3d00f4b28393"),
     ("GPTQ", "W4A16-g128"): ("gptq-7a6f5dd32339", "gptq-445cb2064acb"),
     ("RTN", "W4A8"): ("rtn-eb53a29b8dac", "rtn-d8d8137974f5"),
-    ("OdysseyLLM", "W4A8"): ("odyssey-de62cc706963", "odyssey-0a679132d805"),
+    ("OdysseyLLM", "W4A8"): ("odyssey-cd17d99bd987", "odyssey-0a679132d805"),
 }
 # docs/baselines.md: those, in its order, and two that it has beside them.
 BASELINES = {key: TESTBED[key] for key in (
