@@ -223,7 +223,9 @@ def test_memory_disk_and_place(cell, monkeypatch, tmp_path):
 
 
 def test_gpus_and_kernels(cell, monkeypatch, tmp_path):
-    assert "none on this machine" in _failed(cell("device=cuda"))["GPU"]
+    assert "none on this machine; use device=cpu or another machine" in _failed(cell("device=cuda"))["GPU"]
+    # Single products have no kernels on a CPU.
+    assert "none on this machine; use another machine" in _failed(cell("experiment=table5_gemm"))["GPU"]
     monkeypatch.setattr(preflight_module, "_gpus", lambda: (H100,))
     monkeypatch.setenv("FASTGEMM_LIBRARY", str(tmp_path / "gone.so"))
     assert "no such file" in _failed(cell("device=cuda"))["kernels"]

@@ -112,7 +112,7 @@ def _measure(options: argparse.Namespace) -> dict:
         configs[_name(model)] = _config(model)
     for model in options.models:
         if not (on_gpu or model == "tiny" or Path(model).is_dir()):
-            refuse_published_on_cpu(model, options.device)
+            refuse_published_on_cpu(model, options.device, "--device cpu")
     if options.json:
         # Before the measurement rather than behind it.
         if options.json.is_dir():

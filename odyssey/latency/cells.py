@@ -31,15 +31,16 @@ def dummy_config(name: str, path: str | None):
     return LlamaFamily.from_directory(TINY_PATH).config if name == "tiny" else known_config(name)
 
 
-def refuse_published_on_cpu(name: str, setting: str) -> None:
+def refuse_published_on_cpu(name: str, setting: str, asking: str = "device=cpu") -> None:
     """Random weights of a published model are gigabytes and hours on a CPU: only for who asks for the CPU by name.
 
-    setting: the device setting that led to the CPU. Raises UnsupportedError for "auto".
+    setting: the device setting that led to the CPU. asking: how the caller is asked for the CPU. Raises
+    UnsupportedError for "auto".
     """
     if setting == "auto":
         raise UnsupportedError(
             f"{name}: random weights of its size take hours on a CPU, and no CUDA device is visible; "
-            "run it on a GPU, or say device=cpu"
+            f"run it on a GPU, or say {asking}"
         )
 
 
