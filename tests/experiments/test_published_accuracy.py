@@ -175,6 +175,12 @@ def test_what_is_said_of_the_seeds():
 
 
 @pytest.mark.parametrize("name", SENTENCES)
+def test_every_figure_is_the_records(name):
+    sentence = SENTENCES[name]
+    assert sentence.problems((PROJECT / sentence.file).read_text()) == []
+
+
+@pytest.mark.parametrize("name", SENTENCES)
 def test_every_changed_figure_is_found(name):
     sentence = SENTENCES[name]
     assert all(map(sentence.problems, sentence.misprints((PROJECT / sentence.file).read_text())))
