@@ -22,6 +22,12 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def heavy_tailed(out_features: int, in_features: int, seed: int = 0) -> torch.Tensor:
+    """Weights with outliers (a normal value cubed in part), for which clipping pays."""
+    normal = torch.randn(out_features, in_features, generator=generator(seed))
+    return (normal + 0.15 * normal**3) / math.sqrt(in_features)
+
+
 def make_model(
     kv_heads: int = 4,
     bias: bool = False,

@@ -1,34 +1,26 @@
-"""Learned weight clipping and the clip search, on small random LLaMA blocks."""
+"""Learned weight clipping, on small random LLaMA blocks."""
 
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from helpers.blocks import generator, heavy_tailed
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from odyssey.quantization.clipping import (
-    LearnedClippingLinear,
     LearnedClippingSettings,
-    SearchSettings,
     learn_clipping,
     search_clipping,
 )
 from odyssey.quantization.fake_quant import (
-    FakeQuantLinear,
-    fake_quant_per_token,
-    fake_quant_weight,
     fake_quantized,
-    swapped_modules,
 )
-from odyssey.quantization.grid import minmax_grid, quantize_activation_per_token, round_to_nearest
+from odyssey.quantization.grid import round_to_nearest
 from odyssey.quantization.method import BlockCalibration
 from odyssey.quantization.scheme import PER_CHANNEL, QuantScheme
 
@@ -39,34 +31,6 @@ LINEAR_GROUPS = (
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def heavy_tailed(out_features: int, in_features: int, seed: int = 0) -> torch.Tensor:
-    """Weights with outliers (a normal value cubed in part), for which clipping pays."""
-    normal = torch.randn(out_features, in_features, generator=generator(seed))
-    return (normal + 0.15 * normal**3) / math.sqrt(in_features)
-
-
-@pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    model = LlamaForCausalLM(config).float().eval()
-    with torch.no_grad():
-        for seed, module in enumerate(model.modules()):
-            if isinstance(module, torch.nn.Linear):
-                module.weight.copy_(heavy_tailed(*module.weight.shape, seed))
-    return model
 
 
 def calibrate(model: LlamaForCausalLM, index: int, samples: int = 4, seqlen: int = 24) -> BlockCalibration:
@@ -101,197 +65,6 @@ def block_loss(block, calibration, scales, scheme) -> float:
     with torch.no_grad(), fake_quantized(block, weights):
         outputs = [calibration.forward(block, hidden) for hidden in calibration.inputs]
     return float(np.mean([functional.mse_loss(o, t).item() for o, t in zip(outputs, calibration.targets, strict=True)]))
-
-
-# ---- straight-through functions
-# ------------------------------------------------------------------------------
-
-
-def surrogate(weight, logits, x, target, scheme, rounded, residual):
-    """Float64 loss in which rounding adds a frozen residual and clamped integers stay as they are.
-
-    This smooth function is what straight-through gradients differentiate.
-    """
-    w, low, high = weight, weight.min(1, keepdims=True), weight.max(1, keepdims=True)
-    gamma, beta = logits
-    kept_high, kept_low = np.abs(high / (1 + np.exp(-gamma))), np.abs(low / (1 + np.exp(-beta)))
-    scales = np.maximum(kept_high, kept_low) / scheme.qmax
-    clamped = np.clip(rounded, scheme.qmin, scheme.qmax)
-    values = np.where(rounded == clamped, w / scales + residual, clamped)
-    return float(np.mean((x @ (values * scales).T - target) ** 2))
-
-
-@pytest.mark.parametrize("bits", [3, 4, 8])
-@pytest.mark.parametrize("logit", [-1.0, 1.0, 4.0])
-@pytest.mark.parametrize("activation_bits", [8, 16])
-def test_gradients_of_gamma_and_beta_agree_with_finite_differences(bits, logit, activation_bits):
-    scheme = QuantScheme(bits, PER_CHANNEL, True, activation_bits)
-    weight = heavy_tailed(6, 20)
-    x, target = torch.randn(9, 20, generator=generator(1)), torch.randn(9, 6, generator=generator(2))
-    module = LearnedClippingLinear(weight, None, scheme, logit)
-    with torch.no_grad():
-        # Both sides of max() must be the larger one for some channels, and no channel near a tie.
-        module.gamma += torch.tensor([[0.3], [-0.3], [0.3], [-0.3], [0.3], [-0.3]])
-    functional.mse_loss(module(x), target).backward()
-
-    reference_x = x.double().numpy()
-    if activation_bits == 8:
-        values, scale = quantize_activation_per_token(x)
-        reference_x = values.double().numpy() * scale.double().numpy()
-    w = weight.double().numpy()
-    logits = [module.gamma.detach().double().numpy(), module.beta.detach().double().numpy()]
-    ratio = w / module.scales().detach().double().numpy()
-    rounded = np.rint(ratio)
-    step = 1e-6
-    for which, parameter in enumerate((module.gamma, module.beta)):
-        for row in range(6):
-            losses = []
-            for sign in (1, -1):
-                moved = [logit.copy() for logit in logits]
-                moved[which][row] += sign * step
-                losses.append(
-                    surrogate(w, moved, reference_x, target.double().numpy(), scheme, rounded, rounded - ratio)
-                )
-            expected = (losses[0] - losses[1]) / (2 * step)
-            assert parameter.grad[row, 0].item() == pytest.approx(expected, rel=2e-3, abs=1e-6)
-
-
-def test_scale_gradient_is_exact_where_every_value_is_clamped():
-    scheme = QuantScheme(4)
-    weight = torch.tensor([[5.0, -6.0, 7.0]])
-    scales = torch.tensor([[0.1]], requires_grad=True)
-    fake_quant_weight(weight, scales, scheme).square().sum().backward()
-    # sum((q s)^2) with q = (7, -8, 7): derivative 2 s sum(q^2).
-    assert scales.grad.item() == pytest.approx(2 * 0.1 * (49 + 64 + 49), rel=1e-6)
-
-
-def test_activation_estimator_is_the_identity():
-    x = torch.randn(5, 7, generator=generator(0))
-    # Ties, which go to the even neighbour.
-    x[0] = torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5])
-    x.requires_grad_()
-    upstream = torch.randn(5, 7, generator=generator(1))
-    y = fake_quant_per_token(x)
-    y.backward(upstream)
-    values, scales = quantize_activation_per_token(x.detach())
-    assert torch.equal(y.detach(), values * scales)
-    assert y[0].tolist() == [127, 0, 2, 2, 0, -2, -2]
-    assert torch.equal(x.grad, upstream)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_integer_forward_has_the_gradients_of_the_composed_functions(bias):
-    scheme = QuantScheme(4)
-    weight, x = heavy_tailed(10, 24), torch.randn(2, 5, 24, generator=generator(1), requires_grad=True)
-    offset = torch.randn(10, generator=generator(2)) if bias else None
-    module = LearnedClippingLinear(weight, offset, scheme, 1.0)
-    upstream = torch.randn(2, 5, 10, generator=generator(3))
-    y = module(x)
-    y.backward(upstream)
-    fast = [x.grad.clone(), module.gamma.grad.clone(), module.beta.grad.clone()]
-    x.grad = module.gamma.grad = module.beta.grad = None
-    composed = functional.linear(fake_quant_per_token(x), fake_quant_weight(weight, module.scales(), scheme), offset)
-    composed.backward(upstream)
-    torch.testing.assert_close(y, composed, rtol=1e-5, atol=1e-5)
-    for mine, expected in zip(fast, (x.grad, module.gamma.grad, module.beta.grad), strict=True):
-        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("group_size", [PER_CHANNEL, 7])
-def test_simulation_of_integers_is_that_of_the_learned_layer(group_size):
-    scheme = QuantScheme(4, group_size)
-    weight, x = heavy_tailed(8, 20), torch.randn(3, 20, generator=generator(1))
-    module = LearnedClippingLinear(weight, None, scheme, 1.5)
-    scales = module.scales().detach()
-    simulated = FakeQuantLinear.from_quantized(round_to_nearest(weight, scheme, scales))
-    torch.testing.assert_close(simulated(x), module(x), rtol=1e-5, atol=1e-5)
-    low, high = weight[:, :7].amin(1), weight[:, :7].amax(1)
-    if group_size == 7:
-        kept = torch.sigmoid(torch.tensor(1.5)) * torch.maximum(high.abs(), low.abs())
-        torch.testing.assert_close(scales[:, 0], kept / 7)
-
-
-def test_swapped_modules_are_restored_after_an_error(model):
-    block = model.model.layers[0]
-    before = {name: block.get_submodule(name) for group in LINEAR_GROUPS for name in group}
-    weights = {name: round_to_nearest(m.weight.detach(), QuantScheme()) for name, m in before.items()}
-    with fake_quantized(block, weights):
-        assert isinstance(block.mlp.up_proj, FakeQuantLinear)
-    with pytest.raises(KeyError), fake_quantized(block, weights):
-        raise KeyError
-    assert all(block.get_submodule(name) is module for name, module in before.items())
-    with pytest.raises(AttributeError), swapped_modules(block, {"mlp.missing": torch.nn.Identity()}):
-        pass
-
-
-def test_a_simulated_block_keeps_its_biases():
-    block = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 3, bias=False))
-    weights = {name: round_to_nearest(block[int(name)].weight.detach(), QuantScheme(8)) for name in "01"}
-    x = torch.randn(5, 8, generator=generator(0))
-    expected = x.double()
-    for name in "01":
-        values, scales = quantize_activation_per_token(expected.float())
-        dequantized = weights[name].values.double() * weights[name].scales.double()
-        expected = (values.double() * scales.double()) @ dequantized.t()
-        if block[int(name)].bias is not None:
-            expected += block[int(name)].bias.detach().double()
-    with torch.no_grad(), fake_quantized(block, weights):
-        torch.testing.assert_close(block(x).double(), expected, rtol=1e-4, atol=1e-5)
-
-
-# ---- clip search
-# ---------------------------------------------------------------------------------------------
-
-
-@given(
-    group_size=st.one_of(st.just(PER_CHANNEL), st.integers(1, 25)),
-    bits=st.integers(2, 5),
-    objective=st.sampled_from(["weight", "diagonal", "output"]),
-    seed=st.integers(0, 2**31),
-)
-@settings(max_examples=25, deadline=None)
-def test_search_finds_the_ratio_with_the_least_error(group_size, bits, objective, seed):
-    scheme = QuantScheme(bits, group_size)
-    weight = heavy_tailed(4, 19, seed)
-    x = torch.randn(50, 19, generator=generator(seed + 1)) @ torch.randn(19, 19, generator=generator(seed + 2))
-    hessian = x.t() @ x
-    found = search_clipping(weight, scheme, SearchSettings(objective, 12, 0.5), hessian)
-    full, _ = minmax_grid(weight, scheme)
-    matrix = {
-        "weight": np.eye(19),
-        "diagonal": np.diag(np.diag(hessian.double().numpy())),
-        "output": hessian.double().numpy(),
-    }[objective]
-
-    def errors(ratio: torch.Tensor) -> np.ndarray:
-        scales = full * ratio
-        totals = []
-        for group in range(full.shape[1]):
-            size = 19 if group_size == PER_CHANNEL else group_size
-            part = slice(group * size, (group + 1) * size)
-            s, w = scales[:, group : group + 1].double().numpy(), weight[:, part].double().numpy()
-            e = np.clip(np.rint(w / s), scheme.qmin, scheme.qmax) * s - w
-            totals.append(np.einsum("oi,ij,oj->o", e, matrix[part, part], e))
-        return np.stack(totals, axis=1)
-
-    best = np.min([errors(torch.full_like(full, r)) for r in torch.linspace(1, 0.5, 12).tolist()], axis=0)
-    np.testing.assert_allclose(errors(found), best, rtol=1e-3, atol=1e-9)
-    assert torch.all((found >= 0.5) & (found <= 1))
-
-
-def test_search_refuses_bad_arguments():
-    with pytest.raises(ValueError, match="needs a Hessian"):
-        search_clipping(torch.ones(2, 2), QuantScheme(), SearchSettings("output"))
-    with pytest.raises(ValueError, match="symmetric"):
-        search_clipping(torch.ones(2, 2), QuantScheme(symmetric=False))
-    with pytest.raises(ValueError, match="objective"):
-        SearchSettings("mse")
-    with pytest.raises(ValueError, match="smallest"):
-        SearchSettings(smallest=0)
-
-
-# ---- learning
-# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
