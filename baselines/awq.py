@@ -28,7 +28,7 @@ from odyssey.quantization.grid import (
 )
 from odyssey.quantization.method import BlockCalibration, BlockResult
 from odyssey.quantization.observation import AbsMean, TokenSample, observe_inputs, record_calls
-from odyssey.quantization.scheme import PER_CHANNEL, QuantizedWeight, QuantScheme
+from odyssey.quantization.scheme import PER_CHANNEL, QuantizedWeight, QuantScheme, check_bits
 
 # Exponents of the scale search: 0, 1/20, .., 19/20. The clip search shrinks by 0, 1/20, .., 9/20.
 SCALE_STEPS, CLIP_STEPS, CLIP_CANDIDATES = 20, 20, 10
@@ -67,8 +67,7 @@ class AwqSettings:
 
     def __post_init__(self) -> None:
         check_backend(self.backend, (NATIVE, "autoawq"), self.checkpoint)
-        if not 2 <= self.bits <= 8:
-            raise ValueError(f"bits must be 2..8, not {self.bits}")
+        check_bits(self.bits)
         for name in ("search_tokens", "clip_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")

@@ -17,7 +17,7 @@ from odyssey.quantization.compensation import CompensationSettings, collect_hess
 from odyssey.quantization.fake_quant import fake_quantized
 from odyssey.quantization.grid import check_finite
 from odyssey.quantization.method import BlockCalibration, BlockResult
-from odyssey.quantization.scheme import QuantizedWeight, QuantScheme
+from odyssey.quantization.scheme import QuantizedWeight, QuantScheme, check_bits
 
 
 @dataclass
@@ -48,8 +48,7 @@ class GptqSettings:
 
     def __post_init__(self) -> None:
         check_backend(self.backend, (NATIVE, "auto-gptq"), self.checkpoint)
-        if not 2 <= self.bits <= 8:
-            raise ValueError(f"bits must be 2..8, not {self.bits}")
+        check_bits(self.bits)
         if not self.damping > 0:
             raise ValueError(f"damping must be positive, not {self.damping}")
         if self.block_size < 1:

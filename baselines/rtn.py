@@ -11,7 +11,7 @@ from torch import nn
 
 from odyssey.quantization.grid import check_finite, round_to_nearest
 from odyssey.quantization.method import BlockCalibration, BlockResult
-from odyssey.quantization.scheme import PER_CHANNEL, QuantScheme
+from odyssey.quantization.scheme import PER_CHANNEL, QuantScheme, check_bits
 
 
 @dataclass
@@ -25,8 +25,7 @@ class RtnSettings:
     activation_bits: int = 8
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise ValueError(f"bits must be 2..8, not {self.bits}; method=fp16 leaves the weights as they are")
+        check_bits(self.bits)
 
 
 class RtnMethod:

@@ -137,14 +137,11 @@ def _pad_columns(tensor: torch.Tensor) -> torch.Tensor:
 
 def _w8a8(x, x_scale, values, scales, bias, dtype: torch.dtype) -> torch.Tensor:
     """fastgemm.w8a8_gemm for any shape: layers of odd sizes are padded with zeros, which change no sum."""
-    rows, columns = values.shape
-    if rows % ROW_MULTIPLE == 0 and columns % COLUMN_MULTIPLE == 0:
-        return fastgemm.w8a8_gemm(x, x_scale, values.contiguous(), scales.contiguous(), bias, dtype)
     output = fastgemm.w8a8_gemm(
         _pad_columns(x), x_scale, _pad_rows(_pad_columns(values)), _pad_rows(scales),
         None if bias is None else _pad_rows(bias), dtype,
     )  # fmt: skip
-    return output[:, :rows]
+    return output[:, : values.shape[0]]
 
 
 def replace_linears(block: nn.Module, weights: dict[str, QuantizedWeight], backend: str = "integer") -> None:

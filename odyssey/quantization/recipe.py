@@ -29,7 +29,7 @@ from odyssey.quantization.compensation import (
 from odyssey.quantization.fake_quant import fake_quantized
 from odyssey.quantization.grid import check_finite, minmax_grid, per_column, round_to_nearest
 from odyssey.quantization.method import BlockCalibration, BlockResult
-from odyssey.quantization.scheme import PER_CHANNEL, QuantizedWeight, QuantScheme
+from odyssey.quantization.scheme import PER_CHANNEL, QuantizedWeight, QuantScheme, check_bits
 
 
 @dataclass
@@ -56,8 +56,7 @@ class OdysseySettings:
     gptq: CompensationSettings = field(default_factory=CompensationSettings)
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise ValueError(f"bits must be 2..8, not {self.bits}; method=fp16 leaves the weights as they are")
+        check_bits(self.bits)
         for name, choices in (
             ("clipping", ("none", "search", "learned")),
             ("compensation", ("none", "gptq")),

@@ -9,6 +9,13 @@ import torch
 PER_CHANNEL = -1
 
 
+def check_bits(bits: int) -> None:
+    """Of a method that quantizes weights, its setting `bits`. Raises ValueError outside of 2..8: 16 bits would measure
+    the original model under the method's name."""
+    if not 2 <= bits <= 8:
+        raise ValueError(f"bits must be 2..8, not {bits}; method=fp16 leaves the weights as they are")
+
+
 @dataclass(frozen=True)
 class QuantScheme:
     """Number format of one linear layer's weights and input activations.
